@@ -1,0 +1,1 @@
+"""Adversarial robustness: attack and proof in one honest, per-sample, audited table."""

@@ -1,0 +1,85 @@
+"""Checks of what a user hands in. Each message says what was expected, what came, and what to do."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_images", "check_labels", "check_logits", "parse_number"]
+
+
+def parse_number(value: float | int | str) -> float:
+    """Return a finite float from a number or a string such as ``"0.3"`` or ``"8/255"``.
+
+    Raises:
+        ValueError: the text is no number, or the number is not finite.
+    """
+    try:
+        number = float(Fraction(value.replace(" ", ""))) if isinstance(value, str) else float(value)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"expected a number or a fraction such as '8/255', got {value!r}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"expected a finite number, got {value!r}")
+    return number
+
+
+def check_images(x: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
+    """Check that `x` is a batch of images (B, C, H, W), floating, finite and within `bounds`.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: wrong rank, a value that is not finite, or one outside the bounds.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"images must be a torch.Tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"images must be floating point in [{bounds[0]:g}, {bounds[1]:g}], got {x.dtype}: x.float() / 255")
+    if x.ndim != 4:
+        raise ValueError(f"images must have shape (B, C, H, W), got {tuple(x.shape)}")
+    if x.numel() == 0:
+        return
+    low, high = (v.item() for v in torch.aminmax(x))
+    if math.isnan(low):
+        raise ValueError("images contain NaN")
+    if low < bounds[0] - 1e-6 or high > bounds[1] + 1e-6:
+        hint = "; divide by 255" if bounds == (0.0, 1.0) and low >= 0 and 1.5 < high <= 255 else ""
+        hint = hint or "; keep normalisation inside the model, or give the threat other bounds"
+        raise ValueError(f"images must lie in [{bounds[0]:g}, {bounds[1]:g}], got values in [{low:g}, {high:g}]{hint}")
+
+
+def check_labels(y: Tensor, x: Tensor, num_classes: int | None = None) -> None:
+    """Check that `y` is int64 (B,), on the device of the images `x`, with labels in 0 .. num_classes - 1.
+
+    Raises:
+        TypeError: not an int64 tensor.
+        ValueError: wrong shape or device, or a label out of range.
+    """
+    if not isinstance(y, Tensor) or y.dtype != torch.int64:
+        raise TypeError(f"labels must be an int64 tensor, got {getattr(y, 'dtype', type(y).__name__)}")
+    if y.shape != x.shape[:1]:
+        raise ValueError(f"labels must have shape ({len(x)},), one for each image, got {tuple(y.shape)}")
+    if y.device != x.device:
+        raise ValueError(f"labels are on {y.device} but images on {x.device}: move them to one device")
+    if y.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(y))
+    if low < 0 or (num_classes is not None and high >= num_classes):
+        top = "" if num_classes is None else f" .. {num_classes - 1}"
+        raise ValueError(f"labels must be in 0{top}, got {low} .. {high}")
+
+
+def check_logits(logits: Tensor, x: Tensor) -> None:
+    """Check that a model answered images `x` (B, C, H, W) with logits (B, K).
+
+    Raises:
+        TypeError: the answer is not a floating-point tensor.
+        ValueError: the answer has another shape.
+    """
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        came = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"a model must return floating-point logits (B, K), got {came}")
+    if logits.ndim != 2 or len(logits) != len(x):
+        raise ValueError(f"a model must return logits of shape ({len(x)}, K), got {tuple(logits.shape)}")

@@ -1,0 +1,69 @@
+"""What the suite asks of a model: logits, labels, and to be left as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Model = Callable[[Tensor], Tensor]
+
+ABSTAIN = -1  # predict's label for "no answer": a detector's rejection, or a vote without a winner
+INVALID = -2  # the logits had a NaN or an infinity: the model's error, counted as broken
+
+__all__ = ["ABSTAIN", "INVALID", "Model", "frozen", "is_stochastic", "labels_of", "predict", "rejects"]
+
+
+def labels_of(logits: Tensor) -> Tensor:
+    """Return the predicted labels, int64 (B,), of logits (B, K); `INVALID` where a row is not finite."""
+    return torch.where(logits.isfinite().all(dim=1), logits.argmax(dim=1), INVALID)
+
+
+def predict(model: Model, x: Tensor) -> Tensor:
+    """Return the deployed model's labels, int64 (B,), for images (B, C, H, W).
+
+    A defense's own `predict` decides where there is one (it may answer `ABSTAIN`); otherwise the largest logit does.
+    """
+    own = getattr(model, "predict", None)
+    labels: Tensor = own(x) if callable(own) else labels_of(model(x))
+    return labels
+
+
+def is_stochastic(model: Model) -> bool:
+    """Say whether the model declares that two calls may differ."""
+    return bool(getattr(model, "stochastic", False))
+
+
+def rejects(model: Model) -> bool:
+    """Say whether the model declares that `ABSTAIN` means "suspicious input" (a detector)."""
+    return bool(getattr(model, "rejects", False))
+
+
+@contextmanager
+def frozen(*models: Any) -> Iterator[None]:
+    """Put models in eval mode with frozen parameters; restore each submodule and parameter afterwards.
+
+    Callables that are not modules pass through untouched. `.grad` is never read or written.
+    """
+    with ExitStack() as stack:
+        for module in {id(m): m for m in models if isinstance(m, nn.Module)}.values():
+            stack.enter_context(_frozen_module(module))
+        yield
+
+
+@contextmanager
+def _frozen_module(module: nn.Module) -> Iterator[None]:
+    modes = [(part, part.training) for part in module.modules()]
+    grads = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    try:
+        module.eval()
+        module.requires_grad_(False)
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+        for parameter, requires in grads:
+            parameter.requires_grad_(requires)
