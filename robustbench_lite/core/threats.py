@@ -1,0 +1,207 @@
+"""Threat models: what an adversary may do to an input. All geometry lives here and in the norms beside it."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from robustbench_lite.core.checks import parse_number
+from robustbench_lite.core.errors import lookup
+from robustbench_lite.core.norms import NORMS
+from robustbench_lite.core.rng import Streams
+
+__all__ = ["TOLERANCE", "Lp", "Threat"]
+
+TOLERANCE = 1e-6  # membership is decided in float64 up to this, times eps where eps > 1
+
+
+class Threat(ABC):
+    """A set of inputs around each clean image, walked through by *points*.
+
+    A point is what an attack searches over: the image itself for an Lp ball, the parameters of a transformation for a
+    parametric threat. `apply` turns points into images.
+    """
+
+    bounds: tuple[float, float]
+    parametric: bool = False
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The name in tables, such as "linf"."""
+
+    @property
+    @abstractmethod
+    def size(self) -> float | None:
+        """The budget as one number; None for a minimum-norm threat, NaN for one budget a sample."""
+
+    @abstractmethod
+    def take(self, keep: Tensor) -> Self:
+        """Return the threat of these rows (it differs where the budget is given for each sample)."""
+
+    @abstractmethod
+    def apply(self, x: Tensor, point: Tensor) -> Tensor:
+        """Return the images (B, C, H, W) that points stand for."""
+
+    @abstractmethod
+    def origin(self, x: Tensor) -> Tensor:
+        """Return the points that stand for the clean images."""
+
+    @abstractmethod
+    def distance(self, point: Tensor, x: Tensor) -> Tensor:
+        """Return the size of the change, float64 (B,)."""
+
+    @abstractmethod
+    def contains(self, point: Tensor, x: Tensor) -> Tensor:
+        """Return bool (B,): the point is finite and within budget and bounds, judged in float64."""
+
+    @abstractmethod
+    def project(self, point: Tensor, x: Tensor) -> Tensor:
+        """Return nearby points inside the threat."""
+
+    @abstractmethod
+    def random_point(self, x: Tensor, streams: Streams) -> Tensor:
+        """Return one random point of the threat for each image."""
+
+
+@dataclass(frozen=True)
+class Lp(Threat):
+    """All images within `eps` of the clean one in an Lp norm, and within the image bounds.
+
+    Attributes:
+        norm: "linf", "l2", "l1" or "l0" (l0 counts pixels, not coordinates).
+        eps: the radius, in the units of the images: a number, text such as "8/255", a tensor (B,) with one radius a
+            sample, or None for minimum-norm attacks ("as small as possible").
+        bounds: smallest and largest value of an image.
+
+    Raises:
+        ValueError: unknown norm, a radius that is negative or not finite, bounds in the wrong order, or a radius
+            wider than the image range (pixel units by mistake).
+    """
+
+    norm: str
+    eps: float | str | Tensor | None
+    bounds: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        lookup(self.norm, NORMS, "norm")
+        low, high = (parse_number(bound) for bound in self.bounds)
+        if not low < high:
+            raise ValueError(f"bounds must be (low, high) with low < high, got {tuple(self.bounds)}")
+        object.__setattr__(self, "bounds", (low, high))
+        if self.eps is not None and not isinstance(self.eps, Tensor):
+            object.__setattr__(self, "eps", parse_number(self.eps))
+        self._check_eps()
+
+    def _check_eps(self) -> None:
+        if self.eps is None:
+            return
+        eps = self.eps if isinstance(self.eps, Tensor) else torch.tensor([self.eps], dtype=torch.float64)
+        if eps.ndim != 1:
+            raise ValueError(f"eps must be a number or a tensor (B,), got shape {tuple(eps.shape)}")
+        if not bool(((eps >= 0) & eps.isfinite()).all()):
+            raise ValueError(f"eps must be >= 0 and finite, got {self.eps}; for pixel units write '8/255'")
+        span = self.bounds[1] - self.bounds[0]
+        if self.norm == "linf" and bool((eps > span * (1 + 1e-9)).any()):
+            raise ValueError(
+                f"linf eps must be at most the image range {span:g}, got {self.eps}; for pixel units write '8/255'"
+            )
+
+    @property
+    def name(self) -> str:
+        """The norm, with the bounds where they are not [0, 1]."""
+        return self.norm if self.bounds == (0.0, 1.0) else f"{self.norm}[{self.bounds[0]:g},{self.bounds[1]:g}]"
+
+    @property
+    def size(self) -> float | None:
+        """`eps` as a number; None where it is None, NaN where it is a tensor."""
+        return math.nan if isinstance(self.eps, Tensor) else None if self.eps is None else float(self.eps)
+
+    @property
+    def dual_norm(self) -> str:
+        """The name of the dual norm, 1/p + 1/q = 1.
+
+        Raises:
+            ValueError: l0 is no norm and has none.
+        """
+        if self.norm == "l0":
+            raise ValueError("l0 has no dual norm")
+        return NORMS[self.norm].dual
+
+    def take(self, keep: Tensor) -> Self:
+        """Return the threat of these rows."""
+        return replace(self, eps=self.eps[keep.to(self.eps.device)]) if isinstance(self.eps, Tensor) else self
+
+    def radius(self, x: Tensor) -> Tensor:
+        """Return eps in the dtype and on the device of `x`, broadcastable: (B, 1, 1, 1) or (1, 1, 1, 1).
+
+        Raises:
+            ValueError: eps is None, or a tensor that does not have one value for each image.
+        """
+        if self.eps is None:
+            raise ValueError("this needs a budget: give the threat an eps (None is for minimum-norm attacks)")
+        eps = torch.as_tensor(self.eps, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)
+        if len(eps) not in (1, len(x)):
+            raise ValueError(f"eps must have one value for each of the {len(x)} images, got {len(eps)}")
+        return eps
+
+    def box(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the smallest axis-aligned box (lower, upper) that holds the threat: every norm is at least linf's."""
+        reach = torch.full_like(x, self.bounds[1] - self.bounds[0]) if self.norm == "l0" else self.radius(x)
+        if self.norm == "l0":
+            reach = torch.where(self.radius(x) >= 1, reach, 0)
+        return (x - reach).clamp_min(self.bounds[0]), (x + reach).clamp_max(self.bounds[1])
+
+    def apply(self, x: Tensor, point: Tensor) -> Tensor:
+        """Return the points: they are images."""
+        return point
+
+    def origin(self, x: Tensor) -> Tensor:
+        """Return the clean images."""
+        return x
+
+    def distance(self, point: Tensor, x: Tensor) -> Tensor:
+        """Return the norm of the change, float64 (B,)."""
+        return NORMS[self.norm].size(point.double() - x.double())
+
+    def contains(self, point: Tensor, x: Tensor) -> Tensor:
+        """Return bool (B,): finite, within bounds, and within eps where there is one."""
+        rows = point.reshape(len(point), -1)
+        inside = ((rows >= self.bounds[0] - TOLERANCE) & (rows <= self.bounds[1] + TOLERANCE)).all(dim=1)
+        if self.eps is None:
+            return inside
+        eps = self.radius(x.double()).reshape(-1)
+        return inside & (self.distance(point, x) <= eps + TOLERANCE * eps.clamp_min(1))
+
+    @torch.no_grad()
+    def project(self, point: Tensor, x: Tensor) -> Tensor:
+        """Return nearby points in ball and bounds: the nearest for linf, l1 and l0; ball, then bounds, for l2.
+
+        Runs under `no_grad`: a gradient through `clamp` is 0 at the bound since torch 2.15, which would silently mask
+        gradients on black and white pixels.
+        """
+        low, high = self.bounds[0] - x, self.bounds[1] - x
+        moved = NORMS[self.norm].project(point - x, self.radius(x), low, high)
+        return (x + moved).clamp(*self.bounds)
+
+    @torch.no_grad()
+    def random_point(self, x: Tensor, streams: Streams) -> Tensor:
+        """Return points uniform in the ball (l0: uniform values on floor(eps) uniform pixels), cut to the bounds."""
+        low, high = self.bounds[0] - x, self.bounds[1] - x
+        moved = NORMS[self.norm].random(x, self.radius(x), low, high, streams)
+        return (x + moved).clamp(*self.bounds)
+
+    def steepest(self, gradient: Tensor, density: float | None = None) -> Tensor:
+        """Return the maximiser of <d, gradient> over the unit ball (0 where the gradient is 0).
+
+        Args:
+            gradient: (B, C, H, W).
+            density: for l1, spread the step evenly over this share of the largest entries; None: the true maximiser,
+                a single entry.
+        """
+        return NORMS[self.norm].steepest(gradient, density)
