@@ -6,9 +6,9 @@ import math
 from fractions import Fraction
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["check_images", "check_labels", "check_logits", "parse_number"]
+__all__ = ["check_images", "check_labels", "check_logits", "explain_mismatch", "parse_number"]
 
 
 def parse_number(value: float | int | str) -> float:
@@ -36,7 +36,9 @@ def check_images(x: Tensor, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"images must be a torch.Tensor, got {type(x).__name__}")
     if not x.is_floating_point():
-        raise TypeError(f"images must be floating point in [{bounds[0]:g}, {bounds[1]:g}], got {x.dtype}: x.float() / 255")
+        raise TypeError(
+            f"images must be floating point in [{bounds[0]:g}, {bounds[1]:g}], got {x.dtype}: x.float() / 255"
+        )
     if x.ndim != 4:
         raise ValueError(f"images must have shape (B, C, H, W), got {tuple(x.shape)}")
     if x.numel() == 0:
@@ -83,3 +85,18 @@ def check_logits(logits: Tensor, x: Tensor) -> None:
         raise TypeError(f"a model must return floating-point logits (B, K), got {came}")
     if logits.ndim != 2 or len(logits) != len(x):
         raise ValueError(f"a model must return logits of shape ({len(x)}, K), got {tuple(logits.shape)}")
+
+
+def explain_mismatch(model: object, x: Tensor) -> str | None:
+    """Say how a model's parameters differ from images in device or dtype; None where they do not.
+
+    For use after a failed forward pass only: a model may well cast its input.
+    """
+    if not isinstance(model, nn.Module):
+        return None
+    for parameter in model.parameters():
+        if parameter.device != x.device:
+            return f"the model is on {parameter.device} but the images on {x.device}: move them to one device"
+        if parameter.is_floating_point() and parameter.dtype != x.dtype:
+            return f"the model's parameters are {parameter.dtype} but the images {x.dtype}: convert one of them"
+    return None

@@ -22,7 +22,7 @@ class Untargeted:
         wrong = prediction != self.labels
         return wrong & (prediction != ABSTAIN) if rejects else wrong
 
-    def take(self, keep: Tensor) -> Untargeted:
+    def take(self, keep: Tensor | slice) -> Untargeted:
         """Return the goal of these rows."""
         return Untargeted(self.labels[keep])
 
@@ -34,10 +34,10 @@ class Targeted:
     labels: Tensor
 
     def achieved(self, prediction: Tensor, rejects: bool = False) -> Tensor:
-        """Return bool (B,): the answer is the target. (A target is never `ABSTAIN`, so `rejects` changes nothing.)"""
+        """Return bool (B,): the answer is the target, which is never `ABSTAIN`: `rejects` changes nothing."""
         return prediction == self.labels
 
-    def take(self, keep: Tensor) -> Targeted:
+    def take(self, keep: Tensor | slice) -> Targeted:
         """Return the goal of these rows."""
         return Targeted(self.labels[keep])
 

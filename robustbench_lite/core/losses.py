@@ -36,7 +36,7 @@ def margin(logits: Tensor, goal: Goal) -> Tensor:
 
 
 def dlr(logits: Tensor, goal: Goal) -> Tensor:
-    """Difference of logits ratio, which neither scale nor shift of the logits changes (Croce and Hein 2020, 2003.01690).
+    """Difference of logits ratio, unchanged by scale and shift of the logits (Croce and Hein 2020, 2003.01690).
 
     Untargeted: (max_{j != y} z_j - z_y) / (z_(1) - z_(3)), logits sorted in descending order. Targeted:
     (z_t - max_{j != t} z_j) / (z_(1) - (z_(3) + z_(4)) / 2); the original's numerator z_t - z_y needs the true label,

@@ -62,7 +62,7 @@ class _L2:
 
     def project(self, d: Tensor, eps: Tensor, low: Tensor, high: Tensor) -> Tensor:
         # Ball, then box: the box contains 0, so clipping never lengthens d. Feasible, if not the Euclidean projection.
-        shrink = (eps / self.size(d).reshape(-1, 1, 1, 1).clamp_min(1e-30)).clamp_max(1)
+        shrink: Tensor = (eps / self.size(d).reshape(-1, 1, 1, 1).clamp_min(1e-30)).clamp_max(1)
         return (d * shrink).clamp(low, high)
 
     def random(self, like: Tensor, eps: Tensor, low: Tensor, high: Tensor, streams: Streams) -> Tensor:

@@ -1,7 +1,7 @@
 """Parametric threats: rotations with translations, and bounded smooth deformations.
 
-Points are parameters. An image of the threat is rendered from them by bilinear sampling; coordinates are in pixels, x to
-the right and y down, so pixel (i, j) has its centre at x = j, y = i.
+Points are parameters. An image of the threat is rendered from them by bilinear sampling; coordinates are in pixels,
+x to the right and y down, so pixel (i, j) has its centre at x = j, y = i.
 """
 
 from __future__ import annotations
@@ -207,7 +207,8 @@ class Deformation(ParametricThreat):
 
     def distance(self, point: Tensor, x: Tensor) -> Tensor:
         """Return the largest displacement in pixels, float64 (B,)."""
-        return self.flow(point.double()).norm(dim=1).flatten(1).amax(dim=1)
+        lengths: Tensor = self.flow(point.double()).norm(dim=1)
+        return lengths.flatten(1).amax(dim=1)
 
     def contains(self, point: Tensor, x: Tensor) -> Tensor:
         """Return bool (B,): the field is finite and no displacement exceeds the budget."""
@@ -216,8 +217,9 @@ class Deformation(ParametricThreat):
     @torch.no_grad()
     def project(self, point: Tensor, x: Tensor) -> Tensor:
         """Return the raw field with each vector shortened to the budget."""
-        length = point.norm(dim=1, keepdim=True)
-        return point * (self.pixels / length.clamp_min(1e-30)).clamp_max(1)
+        length: Tensor = point.norm(dim=1, keepdim=True)
+        shorter: Tensor = point * (self.pixels / length.clamp_min(1e-30)).clamp_max(1)
+        return shorter
 
     @torch.no_grad()
     def random_point(self, x: Tensor, streams: Streams) -> Tensor:

@@ -150,6 +150,18 @@ class Lp(Threat):
             raise ValueError(f"eps must have one value for each of the {len(x)} images, got {len(eps)}")
         return eps
 
+    def _reach(self, x: Tensor) -> Tensor:
+        """Return eps less the room that rounding needs, so that x + d, rounded, is within eps in real arithmetic.
+
+        Each entry of x + d is rounded by at most half an ulp of the largest image value; l2 and l1 add these up, and
+        their own sums are rounded as well.
+        """
+        ulp, count = torch.finfo(x.dtype).eps, max(1, x[0].numel())
+        entries = {"linf": 1.0, "l2": math.sqrt(count), "l1": float(count), "l0": 0.0}[self.norm]
+        sums = {"linf": 1.0, "l2": 8.0, "l1": 8.0, "l0": 0.0}[self.norm]
+        room = entries * ulp / 2 * max(abs(bound) for bound in self.bounds)
+        return (self.radius(x) * (1 - sums * ulp) - room).clamp_min(0)
+
     def box(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the smallest axis-aligned box (lower, upper) that holds the threat: every norm is at least linf's."""
         reach = torch.full_like(x, self.bounds[1] - self.bounds[0]) if self.norm == "l0" else self.radius(x)
@@ -186,22 +198,27 @@ class Lp(Threat):
         gradients on black and white pixels.
         """
         low, high = self.bounds[0] - x, self.bounds[1] - x
-        moved = NORMS[self.norm].project(point - x, self.radius(x), low, high)
+        moved = NORMS[self.norm].project(point - x, self._reach(x), low, high)
         return (x + moved).clamp(*self.bounds)
 
     @torch.no_grad()
     def random_point(self, x: Tensor, streams: Streams) -> Tensor:
         """Return points uniform in the ball (l0: uniform values on floor(eps) uniform pixels), cut to the bounds."""
         low, high = self.bounds[0] - x, self.bounds[1] - x
-        moved = NORMS[self.norm].random(x, self.radius(x), low, high, streams)
+        moved = NORMS[self.norm].random(x, self._reach(x), low, high, streams)
         return (x + moved).clamp(*self.bounds)
 
-    def steepest(self, gradient: Tensor, density: float | None = None) -> Tensor:
+    def steepest(self, gradient: Tensor, density: float | None = None, at: Tensor | None = None) -> Tensor:
         """Return the maximiser of <d, gradient> over the unit ball (0 where the gradient is 0).
 
         Args:
             gradient: (B, C, H, W).
             density: for l1, spread the step evenly over this share of the largest entries; None: the true maximiser,
                 a single entry.
+            at: the images (B, C, H, W) to step from; given, l1 passes over entries at a bound that point out of it
+                (they could not move, and would use the step up).
         """
+        if self.norm == "l1" and at is not None:
+            stuck = ((at <= self.bounds[0]) & (gradient < 0)) | ((at >= self.bounds[1]) & (gradient > 0))
+            gradient = gradient.masked_fill(stuck, 0)
         return NORMS[self.norm].steepest(gradient, density)

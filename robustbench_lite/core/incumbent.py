@@ -1,0 +1,55 @@
+"""The best point found so far for each sample of a batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robustbench_lite.core.threats import Threat
+
+__all__ = ["Incumbent"]
+
+
+class Incumbent:
+    """Keeps, for each sample, the best feasible point that was ever offered.
+
+    A success beats a failure. Among successes, and among failures, the higher loss wins; under a minimum-norm threat
+    the nearer success wins. With `keep_first`, a sample that has fallen under a fixed budget keeps its first success.
+
+    Attributes:
+        points: (B, ...) the best points; the clean ones at first.
+        fallen: bool (B,) a feasible success was offered.
+        done: bool (B,) nothing better is wanted.
+        first_success: int64 (B,) forward passes spent when the sample first fell, -1 where it has not.
+    """
+
+    def __init__(self, x: Tensor, threat: Threat, keep_first: bool) -> None:
+        self._x, self._threat, self._keep_first = x, threat, keep_first
+        self._minimise = threat.size is None
+        self.points = threat.origin(x).clone()
+        self.fallen = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.done = self.fallen.clone()
+        self.first_success = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
+        self._merit = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
+
+    def offer(self, points: Tensor, rows: Tensor, success: Tensor, value: Tensor, spent: Tensor) -> None:
+        """Take in points (n, ...) of `rows`, whether each succeeds, its loss, and the forwards spent so far, all (n,).
+
+        Points outside the threat are ignored, whatever they achieve.
+        """
+        x, threat = self._x[rows], self._threat.take(rows)
+        success = success & threat.contains(points, x)
+        merit = value.double().nan_to_num(nan=-torch.inf)
+        if self._minimise:
+            merit = torch.where(success, -threat.distance(points, x), merit)
+        held, fallen = self._merit[rows], self.fallen[rows]
+        better = (success & ~fallen) | ((success == fallen) & (merit > held))
+        better &= ~self.done[rows] & (success | threat.contains(points, x))
+        shape = (-1,) + (1,) * (points.ndim - 1)
+        self.points[rows] = torch.where(better.reshape(shape), points, self.points[rows])
+        self._merit[rows] = torch.where(better, merit, held)
+        first = self.first_success[rows]
+        self.first_success[rows] = torch.where(success & (first < 0), spent, first)
+        self.fallen[rows] = fallen | success
+        finished = self._merit[rows] == 0 if self._minimise else torch.full_like(success, self._keep_first)
+        self.done[rows] |= self.fallen[rows] & finished

@@ -1,0 +1,314 @@
+"""The oracle: all that an attack sees of a model.
+
+It answers questions up to an access level, counts what each answer costs each sample, and judges each candidate by the
+deployed model alone. An attack that lies, overspends or leaves the threat can therefore not flatter itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from enum import IntEnum
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from robustbench_lite.core.checks import check_labels, check_logits, explain_mismatch
+from robustbench_lite.core.goals import Goal
+from robustbench_lite.core.incumbent import Incumbent
+from robustbench_lite.core.losses import Loss, margin
+from robustbench_lite.core.models import Model, frozen, is_stochastic, labels_of, rejects
+from robustbench_lite.core.threats import Threat
+
+__all__ = ["Access", "AccessDeniedError", "Oracle", "OutOfBudgetError", "Stop"]
+
+Stop = Literal["success", "never"]
+MAJORITY_DRAWS = 20  # fresh draws that decide whether a randomised model has fallen
+
+
+class Access(IntEnum):
+    """What an attacker sees of the model; each level includes those below."""
+
+    LABEL = 0
+    TOPK = 1
+    SCORES = 2
+    GRADIENT = 3
+
+
+class AccessDeniedError(RuntimeError):
+    """An attack asked for more than its access level allows."""
+
+
+class OutOfBudgetError(RuntimeError):
+    """An attack asked on behalf of samples that cannot pay; `still` and `standing` say who can."""
+
+
+class Oracle:
+    """Answers about one batch, under one goal and one threat. Use it as a context: the models are frozen inside.
+
+    A question has `points` (n, ...), images for an Lp threat and parameters for a parametric one, and the `rows` of the
+    batch, int64 (n,), they belong to. Points that may be the attack's answer are *candidates*: they are judged by the
+    deployed model and offered to `found`. Probes around them are not.
+
+    Args:
+        model: the deployed model; its `predict` (or largest logit) decides success.
+        x: clean images (B, C, H, W).
+        goal: what counts as success.
+        threat: where points must lie.
+        view: a differentiable stand-in for gradients; None: the model itself. A view whose call costs several forward
+            passes of the model says so in its attribute `cost`.
+        access: the level above which questions are refused.
+        max_queries: forward passes that each sample may spend; None for no limit.
+        stop: "success": a sample is done once it has fallen; "never": all go on and keep their highest loss.
+        chunk_size: most images in one forward pass; None for no limit. A chunk that does not fit in the memory of a
+            GPU is halved until it does.
+
+    Attributes:
+        forwards: int64 (B,) forward passes spent on each sample, those that judge candidates included.
+        backwards: int64 (B,) backward passes spent on each sample.
+        found: the best point of each sample, and which samples have fallen.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        x: Tensor,
+        goal: Goal,
+        threat: Threat,
+        *,
+        view: Model | None = None,
+        access: Access = Access.GRADIENT,
+        max_queries: int | None = None,
+        stop: Stop = "success",
+        chunk_size: int | None = None,
+    ) -> None:
+        self.x, self.goal, self.threat, self.access = x, goal, threat, access
+        self.max_queries = max_queries
+        self.found = Incumbent(x, threat, keep_first=stop == "success")
+        self.forwards = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        self.backwards = self.forwards.clone()
+        self._model, self._view = model, model if view is None else view
+        self._own_predict: Callable[[Tensor], Tensor] | None = getattr(model, "predict", None)
+        self._one_pass = self._view is model and self._own_predict is None  # logits serve loss, success and gradient
+        self._view_cost = int(getattr(self._view, "cost", 1))
+        self._stochastic, self._rejects = is_stochastic(model), rejects(model)
+        self._chunk_size = chunk_size
+        self._labels_checked = False
+        self._context = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._context.enter_context(frozen(self._model, self._view))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._context.close()
+
+    @property
+    def best(self) -> Tensor:
+        """The best point found for each sample, (B, ...); the clean one where nothing better was."""
+        return self.found.points
+
+    @property
+    def compact_every(self) -> int:
+        """Steps between two looks at who still stands. On a GPU a look makes the host wait; a budget needs each one."""
+        return 1 if self.x.device.type == "cpu" or self.max_queries is not None else 8
+
+    @property
+    def gradient_cost(self) -> int:
+        """Forward passes of one `gradient` question about a candidate."""
+        return self._view_cost + (0 if self._one_pass else 1)
+
+    @property
+    def scores_cost(self) -> int:
+        """Forward passes of one `scores` or `topk` question about a candidate."""
+        return 1 if self._own_predict is None else 2
+
+    def standing(self, queries: int = 1) -> Tensor:
+        """Return the rows, int64 (n,), that still search and can pay for `queries` more forward passes."""
+        return self.still(torch.arange(len(self.x), device=self.x.device), queries)
+
+    def still(self, rows: Tensor, queries: int = 1) -> Tensor:
+        """Return the positions within `rows` of those that still search and can pay."""
+        able = ~self.found.done[rows]
+        if self.max_queries is not None:
+            able = able & (self.forwards[rows] + queries <= self.max_queries)
+        return able.nonzero().flatten()
+
+    def gradient(
+        self, points: Tensor, rows: Tensor, loss: Loss, aim: Goal | None = None, *, candidate: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss (n,) and its gradient (n, ...) at `points`, from the view; `gradient_cost` forward passes.
+
+        Args:
+            points: (n, ...).
+            rows: int64 (n,).
+            loss: the function to ascend.
+            aim: the goal that the loss sees, one label a point; None: the goal of the oracle.
+            candidate: whether the points may be the answer; False for probes around it.
+
+        Raises:
+            AccessDeniedError: the access level is below GRADIENT.
+            OutOfBudgetError: a row cannot pay.
+        """
+        self._require(Access.GRADIENT)
+        aims = self.goal.take(rows) if aim is None else aim
+
+        def ask(part: slice) -> tuple[Tensor, ...]:
+            leaf = points[part].detach().requires_grad_()
+            with torch.enable_grad():
+                logits = self._logits(self._view, leaf, rows[part])
+                value = loss(logits, aims.take(part))
+                slope = _input_gradient(value, leaf)
+            return value.detach(), slope, logits.detach()
+
+        self._pay(rows, self.gradient_cost if candidate else self._view_cost, backwards=1)
+        value, slope, logits = self._in_chunks(ask, len(rows))
+        if candidate:
+            self._offer(points, rows, value, logits if self._one_pass else None)
+        return value, slope.nan_to_num(0.0, 0.0, 0.0)
+
+    def scores(
+        self, points: Tensor, rows: Tensor, loss: Loss = margin, aim: Goal | None = None, *, candidate: bool = True
+    ) -> Tensor:
+        """Return the deployed model's logits (n, K) at `points`; `scores_cost` forward passes for candidates, else one.
+
+        `loss` (and `aim`, as in `gradient`) says how good a candidate is that does not succeed.
+
+        Raises:
+            AccessDeniedError: the access level is below SCORES.
+            OutOfBudgetError: a row cannot pay.
+        """
+        self._require(Access.SCORES)
+        return self._scores(points, rows, loss, aim, candidate)
+
+    def topk(self, points: Tensor, rows: Tensor, k: int, *, candidate: bool = True) -> tuple[Tensor, Tensor]:
+        """Return the k largest probabilities and their classes, each (n, k), in descending order; costs as `scores`.
+
+        Raises:
+            AccessDeniedError: the access level is below TOPK.
+            OutOfBudgetError: a row cannot pay.
+        """
+        self._require(Access.TOPK)
+        top = self._scores(points, rows, margin, None, candidate).softmax(dim=1).topk(k, dim=1)
+        return top.values, top.indices
+
+    def labels(self, points: Tensor, rows: Tensor, *, candidate: bool = True) -> Tensor:
+        """Return the deployed model's answers, int64 (n,): one forward pass. Of two failures the first is kept.
+
+        Raises:
+            OutOfBudgetError: a row cannot pay.
+        """
+        self._pay(rows, 1)
+        labels = self._predict(points, rows)
+        if candidate:
+            self._judge(points, rows, labels, torch.zeros(len(rows), device=rows.device))
+        return labels
+
+    def judge(self, points: Tensor, rows: Tensor, loss: Loss = margin) -> None:
+        """Offer candidates and nothing else; the question that the access level allows is the one that is asked."""
+        if self.access >= Access.SCORES:
+            self._scores(points, rows, loss, None, candidate=True)
+        else:
+            self.labels(points, rows)
+
+    @property
+    def judge_cost(self) -> int:
+        """Forward passes of one `judge`."""
+        return self.scores_cost if self.access >= Access.SCORES else 1
+
+    def _scores(self, points: Tensor, rows: Tensor, loss: Loss, aim: Goal | None, candidate: bool) -> Tensor:
+        self._pay(rows, self.scores_cost if candidate else 1)
+        with torch.no_grad():
+            (logits,) = self._in_chunks(lambda part: (self._logits(self._model, points[part], rows[part]),), len(rows))
+        if candidate:
+            value = loss(logits, self.goal.take(rows) if aim is None else aim)
+            self._offer(points, rows, value, None if self._own_predict else logits)
+        return logits
+
+    def _offer(self, points: Tensor, rows: Tensor, value: Tensor, logits: Tensor | None) -> None:
+        """Judge candidates by the deployed model's logits where they are at hand, else by asking it (already paid)."""
+        self._judge(points, rows, self._predict(points, rows) if logits is None else labels_of(logits), value)
+
+    def _judge(self, points: Tensor, rows: Tensor, labels: Tensor, value: Tensor) -> None:
+        success = self.goal.take(rows).achieved(labels, self._rejects)
+        if self._stochastic:
+            success = self._majority(points, rows, success)
+        self.found.offer(points, rows, success, value, self.forwards[rows])
+
+    def _majority(self, points: Tensor, rows: Tensor, success: Tensor) -> Tensor:
+        """Confirm lucky draws: most of `MAJORITY_DRAWS` fresh ones must succeed too. Who cannot pay has not fallen."""
+        confirmed = torch.zeros_like(success)
+        lucky = success.nonzero().flatten()
+        lucky = lucky[self.still(rows[lucky], MAJORITY_DRAWS)]
+        if len(lucky) == 0:
+            return confirmed
+        self._pay(rows[lucky], MAJORITY_DRAWS)
+        goal = self.goal.take(rows[lucky])
+        votes = [goal.achieved(self._predict(points[lucky], rows[lucky]), self._rejects) for _ in range(MAJORITY_DRAWS)]
+        confirmed[lucky] = torch.stack(votes).sum(dim=0) > MAJORITY_DRAWS // 2
+        return confirmed
+
+    def _predict(self, points: Tensor, rows: Tensor) -> Tensor:
+        def ask(part: slice) -> tuple[Tensor, ...]:
+            if self._own_predict is None:
+                return (labels_of(self._logits(self._model, points[part], rows[part])),)
+            return (self._own_predict(self._image(points[part], rows[part])),)
+
+        with torch.no_grad():
+            return self._in_chunks(ask, len(rows))[0]
+
+    def _image(self, points: Tensor, rows: Tensor) -> Tensor:
+        return self.threat.take(rows).apply(self.x[rows], points)
+
+    def _logits(self, model: Model, points: Tensor, rows: Tensor) -> Tensor:
+        images = self._image(points, rows)
+        try:
+            logits = model(images)
+        except RuntimeError as error:
+            mismatch = explain_mismatch(model, images)
+            if mismatch is None:
+                raise
+            raise ValueError(mismatch) from error
+        check_logits(logits, images)
+        if not self._labels_checked:  # the first answer tells the number of classes
+            check_labels(self.goal.labels, self.x, logits.shape[1])
+            self._labels_checked = True
+        return logits
+
+    def _require(self, access: Access) -> None:
+        if self.access < access:
+            raise AccessDeniedError(f"this needs {access.name} access, but the attack declared {self.access.name}")
+
+    def _pay(self, rows: Tensor, forwards: int, backwards: int = 0) -> None:
+        if self.max_queries is not None:
+            short = rows[self.forwards[rows] + forwards > self.max_queries]
+            if len(short):
+                raise OutOfBudgetError(
+                    f"samples {short.tolist()} cannot pay {forwards} more forward passes within max_queries = "
+                    f"{self.max_queries}: ask still() or standing() first"
+                )
+        self.forwards[rows] += forwards
+        self.backwards[rows] += backwards
+
+    def _in_chunks(self, ask: Callable[[slice], tuple[Tensor, ...]], count: int) -> tuple[Tensor, ...]:
+        """Ask about positions 0 .. count - 1, at most `chunk_size` at a time, and join the answers."""
+        size = max(1, min(count, self._chunk_size or count))
+        while True:
+            try:
+                answers = [ask(slice(start, start + size)) for start in range(0, max(count, 1), size)]
+                break
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                size = self._chunk_size = (size + 1) // 2
+                torch.cuda.empty_cache()
+        return answers[0] if len(answers) == 1 else tuple(torch.cat(part) for part in zip(*answers, strict=True))
+
+
+def _input_gradient(value: Tensor, leaf: Tensor) -> Tensor:
+    """Return the gradient of the summed loss; zeros where the loss does not depend on the input at all."""
+    if not value.requires_grad:
+        return torch.zeros_like(leaf)
+    (slope,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
+    return torch.zeros_like(leaf) if slope is None else slope
