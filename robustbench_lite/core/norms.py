@@ -58,12 +58,29 @@ class _L2:
     dual = "l2"
 
     def size(self, d: Tensor) -> Tensor:
-        return _rows(d).norm(dim=1)
+        return torch.linalg.vector_norm(_rows(d), dim=1)
 
     def project(self, d: Tensor, eps: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        # Ball, then box: the box contains 0, so clipping never lengthens d. Feasible, if not the Euclidean projection.
-        shrink: Tensor = (eps / self.size(d).reshape(-1, 1, 1, 1).clamp_min(1e-30)).clamp_max(1)
-        return (d * shrink).clamp(low, high)
+        """Project exactly on ball and box: clip(t d), with t in [0, 1] as large as the ball allows.
+
+        ||clip(t d)|| grows with t. Solving for t with the clipped set held fixed gives a larger t that is still
+        feasible, so the iteration rises to the solution and may stop anywhere; the sets rarely change five times.
+        """
+        size, room = d.abs(), torch.where(d > 0, high, -low).clamp_min(0)
+        scale = self._factor(eps.square(), size.square())
+        for _ in range(16):
+            clipped = scale * size >= room
+            left = eps.square() - (room.square() * clipped).sum(dim=(1, 2, 3), keepdim=True)
+            larger = torch.maximum(scale, self._factor(left.clamp_min(0), size.square() * ~clipped))
+            if d.device.type == "cpu" and torch.equal(larger, scale):
+                break
+            scale = larger
+        return (d * scale).clamp(low, high)
+
+    @staticmethod
+    def _factor(budget: Tensor, squares: Tensor) -> Tensor:
+        """Return t in [0, 1] with t^2 * sum(squares) = budget, or 1 where that asks for more."""
+        return (budget / squares.sum(dim=(1, 2, 3), keepdim=True).clamp_min(1e-30)).clamp_max(1).sqrt()
 
     def random(self, like: Tensor, eps: Tensor, low: Tensor, high: Tensor, streams: Streams) -> Tensor:
         direction = self.steepest(streams.normal(*like.shape[1:], dtype=like.dtype), None)

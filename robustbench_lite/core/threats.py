@@ -192,7 +192,7 @@ class Lp(Threat):
 
     @torch.no_grad()
     def project(self, point: Tensor, x: Tensor) -> Tensor:
-        """Return nearby points in ball and bounds: the nearest for linf, l1 and l0; ball, then bounds, for l2.
+        """Return the nearest points (in Euclidean distance) in ball and bounds.
 
         Runs under `no_grad`: a gradient through `clamp` is 0 at the bound since torch 2.15, which would silently mask
         gradients on black and white pixels.

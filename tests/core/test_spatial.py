@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+from torchvision.transforms import InterpolationMode
+
+from robustbench_lite.core.rng import Streams
+from robustbench_lite.core.spatial import Deformation, RotationTranslation
+
+
+def picture(n=4, channels=2, height=9, width=9):
+    return torch.rand(n, channels, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def streams(n):
+    return Streams.from_generator(None, torch.arange(n))
+
+
+def test_no_change_is_exactly_the_image():
+    x = picture(height=8, width=11)
+    for threat in (RotationTranslation(), Deformation(2.0)):
+        assert torch.allclose(threat.apply(x, threat.origin(x)), x, atol=1e-14)
+        assert (threat.distance(threat.origin(x), x) == 0).all()
+
+
+def test_shift_moves_right_and_down_and_brings_in_black():
+    x = picture(n=1)
+    out = RotationTranslation().apply(x, torch.tensor([[0.0, 2.0, 1.0]], dtype=torch.float64))
+    expected = torch.zeros_like(x)
+    expected[..., 1:, 2:] = x[..., :-1, :-2]
+    assert torch.allclose(out, expected, atol=1e-12)
+
+
+def test_quarter_turn_is_counter_clockwise():
+    x = picture(n=1)
+    out = RotationTranslation(degrees=90).apply(x, torch.tensor([[90.0, 0.0, 0.0]], dtype=torch.float64))
+    assert torch.allclose(out, torch.rot90(x, 1, dims=(2, 3)), atol=1e-12)
+
+
+def test_agrees_with_torchvision_on_odd_and_even_sizes():
+    for size in (8, 9):
+        x = picture(n=1, height=size, width=size)
+        ours = RotationTranslation().apply(x, torch.tensor([[17.0, 2.0, -1.0]], dtype=torch.float64))
+        theirs = TF.affine(x, -17.0, [2, -1], 1.0, [0.0, 0.0], interpolation=InterpolationMode.BILINEAR)
+        assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_black_is_the_lower_bound():
+    x = torch.full((1, 1, 5, 5), 0.5)
+    out = RotationTranslation(bounds=(-1.0, 1.0)).apply(x, torch.tensor([[0.0, 3.0, 0.0]]))
+    assert out[0, 0, 0, 0] == -1
+
+
+@pytest.mark.parametrize("threat", [RotationTranslation(20, 2), Deformation(1.5), Deformation(0.7, smoothness=0)])
+def test_random_points_are_inside_and_projection_keeps_them(threat):
+    x = picture(n=30)
+    point = threat.random_point(x, streams(30))
+    assert threat.contains(point, x).all()
+    assert torch.allclose(threat.project(point, x), point)
+    assert threat.contains(threat.project(10 * point, x), x).all()
+    assert not threat.contains(20 * point + 20, x).any()
+    assert not threat.contains(point * float("nan"), x).any()
+    image = threat.apply(x, point)
+    assert image.shape == x.shape
+    assert image.min() >= 0
+    assert image.max() <= 1
+
+
+def test_constant_flow_is_a_shift_away_from_the_border():
+    x = picture(n=1, height=12, width=12)
+    point = torch.zeros(1, 2, 12, 12, dtype=torch.float64)
+    point[:, 0] = 1.0  # read one pixel to the right
+    out = Deformation(1.0, smoothness=0).apply(x, point)
+    assert torch.allclose(out[..., :-1], x[..., 1:], atol=1e-12)
+    assert torch.allclose(out[..., -1], x[..., -1], atol=1e-12)  # the edge repeats
+
+
+def test_distance_of_a_deformation_is_its_largest_displacement():
+    threat = Deformation(5.0)
+    x, point = picture(n=3), torch.randn(3, 2, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    largest = threat.flow(point).pow(2).sum(dim=1).sqrt().amax(dim=(1, 2))
+    assert torch.allclose(threat.distance(point, x), largest)
+    assert (threat.distance(point, x) < point.norm(dim=1).amax(dim=(1, 2))).all()  # smoothing never lengthens
+
+
+def test_gradient_reaches_the_parameters():
+    x = picture(n=2)
+    for threat in (RotationTranslation(), Deformation(2.0)):
+        start = threat.random_point(x, streams(2)).requires_grad_()
+        torch.autograd.gradcheck(lambda p, t=threat: t.apply(x, p), (start,), atol=1e-5)
+
+
+def test_budgets_are_checked():
+    with pytest.raises(ValueError, match="degrees must be >= 0"):
+        RotationTranslation(degrees=-1)
+    with pytest.raises(ValueError, match="finite"):
+        Deformation(float("inf"))
