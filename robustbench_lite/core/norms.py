@@ -35,7 +35,7 @@ class Norm(Protocol):
 
 
 def _rows(d: Tensor) -> Tensor:
-    return d.reshape(len(d), -1)
+    return d.flatten(1)
 
 
 class _Linf:
@@ -84,7 +84,7 @@ class _L2:
 
     def random(self, like: Tensor, eps: Tensor, low: Tensor, high: Tensor, streams: Streams) -> Tensor:
         direction = self.steepest(streams.normal(*like.shape[1:], dtype=like.dtype), None)
-        radius = streams.uniform(1, 1, 1, dtype=like.dtype) ** (1 / like[0].numel())
+        radius = streams.uniform(1, 1, 1, dtype=like.dtype) ** (1 / like.shape[1:].numel())
         return (eps * radius * direction).clamp(low, high)
 
     def steepest(self, gradient: Tensor, density: float | None) -> Tensor:
@@ -108,7 +108,7 @@ class _L1:
         side is piecewise linear with breakpoints m_i (slope begins) and m_i - c_i (slope ends), so sorting the
         breakpoints finds lambda exactly (Croce and Hein 2021, 2103.01208, treat the same problem).
         """
-        if d[0].numel() == 0 or len(d) == 0:
+        if d.numel() == 0:
             return d
         size, room = _rows(d.abs()), _rows(torch.where(d > 0, high.expand_as(d), -low.expand_as(d))).clamp_min(0)
         radius = eps.expand(len(d), 1, 1, 1).reshape(-1, 1)

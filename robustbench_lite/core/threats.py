@@ -156,7 +156,7 @@ class Lp(Threat):
         Each entry of x + d is rounded by at most half an ulp of the largest image value; l2 and l1 add these up, and
         their own sums are rounded as well.
         """
-        ulp, count = torch.finfo(x.dtype).eps, max(1, x[0].numel())
+        ulp, count = torch.finfo(x.dtype).eps, x.shape[1:].numel()
         entries = {"linf": 1.0, "l2": math.sqrt(count), "l1": float(count), "l0": 0.0}[self.norm]
         sums = {"linf": 1.0, "l2": 8.0, "l1": 8.0, "l0": 0.0}[self.norm]
         room = entries * ulp / 2 * max(abs(bound) for bound in self.bounds)
@@ -183,7 +183,7 @@ class Lp(Threat):
 
     def contains(self, point: Tensor, x: Tensor) -> Tensor:
         """Return bool (B,): finite, within bounds, and within eps where there is one."""
-        rows = point.reshape(len(point), -1)
+        rows = point.flatten(1)
         inside = ((rows >= self.bounds[0] - TOLERANCE) & (rows <= self.bounds[1] + TOLERANCE)).all(dim=1)
         if self.eps is None:
             return inside
