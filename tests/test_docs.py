@@ -1,0 +1,36 @@
+"""What the documentation shows must work."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from pathlib import Path
+
+import torch
+
+from robustbench_lite.core.models import predict
+from robustbench_lite.core.threats import Lp
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_attack_of_the_walkthrough_attacks(net, images):
+    (code,) = blocks("docs/add-an-attack.md", "python")
+    module = types.ModuleType("two_sided_fgsm")
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    exec(compile(code, "docs/add-an-attack.md", "exec"), module.__dict__)
+    result = module.TwoSidedFGSM()(net, images, predict(net, images), Lp("linf", 0.2), max_queries=4)
+    assert result.success.any()
+    assert result.forwards.max() <= 4
+    assert torch.equal(predict(net, result.x_adv) != predict(net, images), result.success)
