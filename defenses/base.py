@@ -1,0 +1,163 @@
+"""What a defense is made of: an objective (how a net is trained) and a wrapper (what is deployed around it)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from robustbench_lite.core.models import labels_of
+
+if TYPE_CHECKING:
+    from robustbench_lite.attacks.base import Attack
+    from robustbench_lite.certify.base import Certifier
+    from robustbench_lite.core.rng import Streams
+    from robustbench_lite.core.threats import Threat
+
+__all__ = ["Batch", "Descend", "Objective", "State", "Step", "TrainingData", "Wrapper"]
+
+State = nn.Module | dict[str, Tensor] | None
+"""What an objective keeps between steps; it is checkpointed, and a module's trainable parameters are trained too."""
+
+Descend = Callable[[Tensor], None]
+"""One optimiser step on a loss: clear the gradients, go backward, step. Inputs that require a gradient get theirs."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples of one training step.
+
+    Args:
+        x: images (B, C, H, W), after augmentation.
+        y: labels, int64 (B,).
+        indices: the samples' own numbers in their data set, int64 (B,); they name the random streams.
+    """
+
+    x: Tensor
+    y: Tensor
+    indices: Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where in the training a batch comes.
+
+    Args:
+        index: number of this step, from 0.
+        total: number of steps of the whole training.
+        epoch: number of this pass over the data, from 0.
+    """
+
+    index: int
+    total: int
+    epoch: int
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that lies behind this step, in [0, 1): schedules are functions of it."""
+        return self.index / self.total
+
+
+class TrainingData(Protocol):
+    """What `setup` and `finish` see of a data set."""
+
+    @property
+    def images(self) -> Tensor:
+        """Float32 (N, C, H, W) in [0, 1]."""
+        ...
+
+    @property
+    def labels(self) -> Tensor:
+        """Int64 (N,)."""
+        ...
+
+    @property
+    def indices(self) -> Tensor:
+        """Int64 (N,): the samples' numbers in the whole data set."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes K."""
+        ...
+
+
+@dataclass(frozen=True)
+class Objective(ABC):
+    """How a net is trained: a frozen dataclass whose fields are the hyper-parameters. Most define `loss` alone.
+
+    The training loop calls `setup` once, then for every batch `update` and `after_step`, and in the end `finish`.
+    It runs `setup` before a resumed training as well and then loads the saved state over its answer. The model is in
+    train mode in `loss`. All randomness comes from `streams` or from torch's global generator, which the loop seeds
+    and checkpoints.
+    """
+
+    def setup(self, model: nn.Module, data: TrainingData) -> State:
+        """Make what is kept between steps: a module, a dict of tensors that steps may change in place, or None.
+
+        Parameters of a module that require gradients are trained with the model's; a module's mode is the
+        objective's to set.
+        """
+        return None
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch, step: Step, state: Any, streams: Streams) -> Tensor:
+        """Return the loss of one batch, a scalar."""
+
+    def update(
+        self, model: nn.Module, batch: Batch, step: Step, state: Any, streams: Streams, descend: Descend
+    ) -> Tensor:
+        """Learn from one batch and return its loss, detached.
+
+        The default is one descent on `loss`. An objective that descends more than once a batch, or wants the
+        gradient that the same backward pass leaves on its inputs (free adversarial training), writes its own.
+        """
+        loss = self.loss(model, batch, step, state, streams)
+        descend(loss)
+        return loss.detach()
+
+    def after_step(self, model: nn.Module, state: Any) -> None:  # noqa: B027  (a hook, not a forgotten method)
+        """Bring weights or state back to where they must lie (projections), after every step."""
+
+    def finish(self, model: nn.Module, data: TrainingData, state: Any) -> nn.Module:
+        """Return the defense to deploy; by default the model itself."""
+        return model
+
+
+class Wrapper(nn.Module, ABC):
+    """What is deployed around a net, with its honest self-description.
+
+    A subclass keeps the net and what it learnt as submodules and buffers (so that weights files carry them) and
+    defines `forward`; it overrides the rest where the default is not the truth.
+    """
+
+    stochastic: ClassVar[bool] = False
+    """Whether two calls may differ."""
+    rejects: ClassVar[bool] = False
+    """Whether `predict` may refuse an input as suspicious (a detector); abstention for lack of votes is not that."""
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (B, K) for images (B, C, H, W)."""
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Return the deployed labels, int64 (B,): a class, `ABSTAIN` (-1), or `INVALID` (-2) where not finite."""
+        return labels_of(self(x))
+
+    def attack_view(self, samples: int = 1) -> nn.Module:
+        """Return what a knowing attacker differentiates; `samples` is the number of draws of an average over noise.
+
+        By default the defense itself, which is right where its gradients are.
+        """
+        return self
+
+    def adaptive_attacks(self, threat: Threat) -> list[Attack]:
+        """Return the attacks within `threat` that only this defense needs."""
+        return []
+
+    def certifiers(self) -> list[Certifier]:
+        """Return the certifiers bound to this defense's inside (the inner net, sigma, the votes)."""
+        return []

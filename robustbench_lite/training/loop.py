@@ -1,0 +1,134 @@
+"""The one training loop: it runs every objective, and a killed run resumes to the same weights."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from robustbench_lite.core.checks import check_images, check_labels
+from robustbench_lite.core.models import frozen, predict
+from robustbench_lite.data.base import Dataset
+from robustbench_lite.defenses.base import Objective
+from robustbench_lite.training.augment import Augment
+from robustbench_lite.training.checkpoint import load_checkpoint, save_checkpoint
+from robustbench_lite.training.progress import progress_bar
+from robustbench_lite.training.run import Run, reproducible
+from robustbench_lite.training.schedules import Schedule, schedule_named
+from robustbench_lite.training.settings import Settings, identity_of
+
+__all__ = ["train"]
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    model: nn.Module,
+    data: Dataset,
+    objective: Objective,
+    *,
+    epochs: int,
+    batch_size: int = 128,
+    optimizer: str = "adam",
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.0,
+    momentum: float = 0.9,
+    schedule: str | Schedule = "constant",
+    augment: Augment | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    precision: str = "float32",
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 1,
+    validation: Dataset | None = None,
+    progress: bool = False,
+) -> nn.Module:
+    """Train `model` in place on `data` by `objective` and return the defense.
+
+    Guaranteed: a run that is killed at any moment and started again with the same arguments and `checkpoint` ends in
+    the weights of an uninterrupted one, bit for bit, on the same machine, torch and number of threads (on a GPU as
+    far as the operators of model and objective are deterministic). Torch's global generators are left as they were.
+
+    Args:
+        model: images to logits; it moves to `device`, its gradients are cleared, and it ends in eval mode.
+        data: the samples to learn from.
+        objective: how to learn from them.
+        epochs: passes over the data; 0 only sets up and finishes the objective.
+        batch_size: samples a step; the last step of an epoch takes what is left.
+        optimizer: "adam", "adamw" or "sgd".
+        learning_rate: the rate that the schedule scales.
+        weight_decay: the optimiser's.
+        momentum: of "sgd".
+        schedule: "constant", "one_cycle", "cosine", "steps", or a function from progress in [0, 1) to a factor.
+        augment: changes each batch of images, given one random stream a sample.
+        seed: of the shuffling, of the objective's randomness and of torch's global generators while this runs; the
+            weights are the caller's to initialise, under the same seed if the run is to be resumed.
+        device: "auto" takes a CUDA device where there is one.
+        precision: "float32", or "bfloat16" for autocast forward passes over float32 weights.
+        checkpoint: file to resume from if it exists, and to write to.
+        checkpoint_every: epochs between two checkpoints; the last epoch always writes one.
+        validation: samples whose clean accuracy is logged after every epoch.
+        progress: whether to draw a progress bar on the standard error.
+
+    Returns:
+        What the objective's `finish` makes of the model, in eval mode.
+
+    Raises:
+        FloatingPointError: the loss stopped being finite.
+        TypeError: images or labels of the wrong type.
+        ValueError: a setting out of range, an empty data set, or a checkpoint of another run.
+    """
+    place = _device(device)
+    settings = Settings(
+        epochs, batch_size, optimizer, learning_rate, weight_decay, momentum,
+        schedule_named(schedule), augment, seed, place, precision,
+    )  # fmt: skip
+    if checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every must be at least 1 epoch, got {checkpoint_every}")
+    _check_data(data)
+    model.to(place)
+    with reproducible(place, seed):
+        identity = identity_of(settings, model, data, objective) if checkpoint else {}
+        run = Run(model, data, objective, settings)
+        path = Path(checkpoint) if checkpoint else None
+        if path is not None and (saved := load_checkpoint(path, identity)) is not None:
+            run.load_state_dict(saved)
+            log.info("resumed from %s after epoch %d", path, run.epoch)
+        with progress_bar(progress, run.epoch * run.steps_per_epoch, run.total) as update:
+            while run.epoch < epochs:
+                loss = run.train_epoch(lambda done: update(completed=done))
+                if path is not None and (run.epoch % checkpoint_every == 0 or run.epoch == epochs):
+                    save_checkpoint(path, identity, run.state_dict())
+                news = _news(run, loss, validation)
+                update(description=news)
+                log.info(news)
+        if run.optimizer is not None:
+            run.optimizer.zero_grad()
+        return objective.finish(model.eval(), data, run.state).eval()
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def _check_data(data: Dataset) -> None:
+    if len(data) == 0:
+        raise ValueError(f"{data.name} {data.split} has no samples to train on")
+    check_images(data.images)
+    check_labels(data.labels, data.images, data.num_classes)
+
+
+def _news(run: Run, loss: float, validation: Dataset | None) -> str:
+    news = f"epoch {run.epoch}/{run.settings.epochs}: loss {loss:.4f}"
+    if validation is None:
+        return news
+    with frozen(run.model), torch.no_grad():
+        hits = sum(
+            int((predict(run.model, x.to(run.settings.device)).cpu() == y).sum())
+            for x, y in zip(validation.images.split(1000), validation.labels.split(1000), strict=True)
+        )
+    return f"{news}, clean accuracy {hits / len(validation):.4f}"

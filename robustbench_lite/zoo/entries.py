@@ -1,0 +1,139 @@
+"""Loading and saving the zoo's defenses."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from robustbench_lite.data.base import Dataset
+from robustbench_lite.models import create_model
+from robustbench_lite.zoo.cards import CARD, ROOT, WEIGHTS, card, entry_folder
+
+__all__ = ["load_defense", "save_entry"]
+
+MAX_BYTES = 1_000_000  # the package ships its weights: small nets, a megabyte each
+LIBRARIES = ("robustbench_lite", "torch", "torchvision", "numpy")
+
+
+def load_defense(name: str, device: str | torch.device = "cpu", *, root: Path | None = None) -> nn.Module:
+    """Rebuild a defense from its card and its weights.
+
+    Args:
+        name: `<data>/<name>`, such as "mnist/ibp_0.3"; `names()` lists them.
+        device: where the defense goes.
+        root: another zoo's folder; default the package's own.
+
+    Returns:
+        The defense in eval mode; its parameters still require gradients, as those of any new module.
+
+    Raises:
+        FileNotFoundError: the card has no weights beside it.
+        ValueError: no such entry, weights that are not those of the card or not safetensors, or a card whose model
+            does not fit them.
+    """
+    about = card(name, root=root)
+    path = entry_folder(name, root=root) / WEIGHTS
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: reinstall the package, or retrain with: {about['command']}")
+    content = path.read_bytes()
+    found, promised = hashlib.sha256(content).hexdigest(), about["weights"]["sha256"]
+    if found != promised:
+        raise ValueError(
+            f"{path} is not the file of its card: sha256 {found[:16]}..., the card says {promised[:16]}...; "
+            "it was changed or only partly written: reinstall the package, or save the entry again"
+        )
+    return _rebuild(about["model"], about["wrapper"], content, str(path)).to(device)
+
+
+def save_entry(
+    name: str,
+    defense: nn.Module,
+    *,
+    description: str,
+    source: str,
+    data: Dataset,
+    model: Mapping[str, Any],
+    command: str,
+    seed: int,
+    epochs: int,
+    hours: float,
+    figures: Mapping[str, Any],
+    root: Path | None = None,
+) -> Path:
+    """Write `<root>/<name>/weights.safetensors` and its card, and return their folder. An old entry is replaced.
+
+    Args:
+        name: `<data>/<name>`, lower case.
+        defense: the trained defense; its weights are kept exactly.
+        description: what defends, in a sentence.
+        source: authors, year and number of the paper.
+        data: the samples it was trained on.
+        model: what `create_model` rebuilds the net from: `name` and the arguments.
+        command: the exact `rbl train ...` line.
+        seed: its seed.
+        epochs: its passes over the data.
+        hours: how long it took.
+        figures: what was measured, each with the command that did: {"clean": {"accuracy": ..., "command": ...}}.
+        root: another zoo's folder; default the package's own.
+
+    Raises:
+        ValueError: a name that is not `<data>/<name>`, weights over a megabyte, or a model config that does not
+            rebuild the defense. Nothing is written then.
+    """
+    if not re.fullmatch(r"[a-z0-9_]+/[a-z0-9_.-]*[a-z0-9_]", name):
+        raise ValueError(f"a zoo name is <data>/<name> in lower case, such as 'mnist/ibp_0.3', got {name!r}")
+    content = save({key: value.detach().cpu().contiguous().clone() for key, value in defense.state_dict().items()})
+    if len(content) > MAX_BYTES:
+        raise ValueError(
+            f"the weights of {name} take {len(content)} bytes, over the zoo's {MAX_BYTES}: use a smaller net"
+        )
+    _rebuild(model, None, content, "the new weights")
+    about = {
+        "name": name,
+        "defense": description,
+        "source": source,
+        "license": "MIT",
+        "data": {"name": data.name, "split": data.split, "samples": len(data), "content_hash": data.content_hash},
+        "model": dict(model),
+        "wrapper": None,
+        "command": command,
+        "seed": seed,
+        "epochs": epochs,
+        "hours": round(float(hours), 3),
+        "versions": {"python": platform.python_version(), **{library: version(library) for library in LIBRARIES}},
+        "weights": {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)},
+        "figures": dict(figures),
+    }
+    text = yaml.safe_dump(about, sort_keys=False, allow_unicode=True, width=120)
+    folder = (ROOT if root is None else root) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, written in ((WEIGHTS, content), (CARD, text.encode())):
+        (folder / f"{file}.tmp").write_bytes(written)
+        (folder / f"{file}.tmp").replace(folder / file)
+    return folder
+
+
+def _rebuild(model: Mapping[str, Any], wrapper: object, content: bytes, where: str) -> nn.Module:
+    if wrapper is not None:
+        raise ValueError(f"{where}: this version of the package cannot rebuild the wrapper {wrapper}; upgrade it")
+    try:
+        weights: dict[str, Tensor] = load(content)
+    except SafetensorError as error:
+        raise ValueError(f"{where}: not a safetensors file ({error}); other formats are never loaded") from error
+    net = create_model(**model)
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{where}: the model {dict(model)} does not fit the weights: {error}") from error
+    return net.eval()
