@@ -41,7 +41,7 @@ class AdversarialTraining(Objective):
         ramp: share of the training, after the warm-up, in which eps rises linearly from 0; for Lp threats.
 
     Raises:
-        ValueError: `mix` outside [0, 1), a ramp that does not fit, or a threat without an eps.
+        ValueError: `mix` outside [0, 1), a ramp that does not fit, or a threat without an eps or beyond the attack.
     """
 
     attack: Attack
@@ -58,6 +58,8 @@ class AdversarialTraining(Objective):
             raise ValueError(f"adversarial training needs a threat whose eps is one number, got {self.threat}")
         if self.ramp > 0 and not isinstance(self.threat, Lp):
             raise ValueError(f"only the eps of an Lp threat can be ramped, got {self.threat}; use ramp=0")
+        if not self.attack.supports(self.threat):
+            raise ValueError(f"{self.attack} does not support the threat {self.threat}")
 
     def loss(self, model: nn.Module, batch: Batch, step: Step, state: Any, streams: Streams) -> Tensor:
         """Return mix * CE(clean) + (1 - mix) * CE(adversarial)."""

@@ -131,7 +131,8 @@ def _rebuild(model: Mapping[str, Any], wrapper: object, content: bytes, where: s
         weights: dict[str, Tensor] = load(content)
     except SafetensorError as error:
         raise ValueError(f"{where}: not a safetensors file ({error}); other formats are never loaded") from error
-    net = create_model(**model)
+    arguments = dict(model)
+    net = create_model(arguments.pop("name"), **arguments)
     try:
         net.load_state_dict(weights)
     except RuntimeError as error:

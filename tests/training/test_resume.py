@@ -24,7 +24,7 @@ from robustbench_lite.training import CropFlip, train
 STEPS_PER_EPOCH, EPOCHS = 4, 3
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for the end of the process."""
 
 
@@ -94,13 +94,13 @@ def test_killed_before_any_step(
 
         def update(self: Objective, model: nn.Module, batch: Batch, step: Step, *rest: Any, at: int = at) -> Tensor:
             if step.index == at:
-                raise Killed
+                raise KilledError
             return original(self, model, batch, step, *rest)
 
         path = tmp_path / f"{at}.pt"
         with monkeypatch.context() as patch:
             patch.setattr(type(objective), "update", update)
-            with pytest.raises(Killed):
+            with pytest.raises(KilledError):
                 run(objective, path, checkpoint_every=every)
         assert path.exists() == (at >= every * STEPS_PER_EPOCH)
         assert equal(run(objective, path, checkpoint_every=every), whole)

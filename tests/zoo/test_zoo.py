@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from robustbench_lite.data.base import Dataset
+from robustbench_lite.models import create_model
+from robustbench_lite.zoo import card, load_defense, names, save_entry
+
+MODEL = {"name": "mlp", "in_channels": 1, "image_size": 8, "num_classes": 10}
+
+
+def data() -> Dataset:
+    return Dataset("digits", "train", torch.rand(12, 1, 8, 8), torch.arange(12) % 10, torch.arange(12), 10)
+
+
+def net(seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        arguments = dict(MODEL)
+        return create_model(arguments.pop("name"), **arguments)
+
+
+def save(root: Path, name: str = "digits/standard", **other: Any) -> Path:
+    about: dict[str, Any] = {
+        "description": "cross-entropy on clean images",
+        "source": "none",
+        "data": data(),
+        "model": MODEL,
+        "command": "rbl train data=digits defense=standard zoo=digits/standard",
+        "seed": 0,
+        "epochs": 20,
+        "hours": 0.01,
+        "figures": {"clean": {"accuracy": 0.97, "command": "rbl evaluate zoo=digits/standard"}},
+    }
+    return save_entry(name, other.pop("defense", net()), root=root, **(about | other))
+
+
+def change_card(folder: Path, **changes: Any) -> None:
+    path = folder / "card.yaml"
+    about = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(about | changes))
+
+
+def test_a_saved_defense_comes_back_exactly(tmp_path: Path) -> None:
+    save(tmp_path)
+    original, loaded = net(), load_defense("digits/standard", root=tmp_path)
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in original.state_dict().items())
+    x = data().images
+    assert torch.equal(loaded(x), original.eval()(x))
+    assert not any(part.training for part in loaded.modules())
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_the_card_says_how_the_entry_came_about(tmp_path: Path) -> None:
+    folder = save(tmp_path)
+    about = card("digits/standard", root=tmp_path)
+    assert about["data"] == {
+        "name": "digits",
+        "split": "train",
+        "samples": 12,
+        "content_hash": about["data"]["content_hash"],
+    }
+    assert about["model"] == MODEL
+    assert about["license"] == "MIT"
+    assert about["command"].startswith("rbl train ")
+    assert str(torch.__version__).startswith(about["versions"]["torch"])
+    written = (folder / "weights.safetensors").read_bytes()
+    assert about["weights"] == {"sha256": hashlib.sha256(written).hexdigest(), "bytes": len(written)}
+    assert sorted(path.name for path in folder.iterdir()) == ["card.yaml", "weights.safetensors"]
+
+
+def test_names_are_sorted_and_by_data(tmp_path: Path) -> None:
+    for name in ("mnist/ibp_0.3", "digits/standard", "mnist/ibp_0.1"):
+        save(tmp_path, name)
+    assert names(root=tmp_path) == ["digits/standard", "mnist/ibp_0.1", "mnist/ibp_0.3"]
+    assert names("mnist", root=tmp_path) == ["mnist/ibp_0.1", "mnist/ibp_0.3"]
+    assert names("cifar10", root=tmp_path) == []
+    with pytest.raises(ValueError, match=r"unknown zoo entry 'mnist/ibp_03'; did you mean 'mnist/ibp_0\.3'"):
+        load_defense("mnist/ibp_03", root=tmp_path)
+    with pytest.raises(ValueError, match="unknown zoo entry"):
+        card("../digits/standard", root=tmp_path / "mnist")
+
+
+@pytest.mark.parametrize(
+    "change", [lambda b: b[:-1], lambda b: b[:-4] + b"\0\0\0\1", lambda b: b + b"\0", lambda b: b""]
+)
+def test_changed_weights_are_refused(change: Any, tmp_path: Path) -> None:
+    path = save(tmp_path) / "weights.safetensors"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match="is not the file of its card"):
+        load_defense("digits/standard", root=tmp_path)
+
+
+def test_a_pickle_is_never_loaded(tmp_path: Path) -> None:
+    folder = save(tmp_path)
+    path = folder / "weights.safetensors"
+    torch.save(net().state_dict(), path)
+    change_card(folder, weights={"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": 0})
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        load_defense("digits/standard", root=tmp_path)
+
+
+def test_missing_weights_are_named(tmp_path: Path) -> None:
+    (save(tmp_path) / "weights.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="retrain with: rbl train"):
+        load_defense("digits/standard", root=tmp_path)
+
+
+def test_broken_cards_are_named(tmp_path: Path) -> None:
+    folder = save(tmp_path)
+    change_card(folder, model=MODEL | {"num_classes": 7})
+    with pytest.raises(ValueError, match="does not fit the weights"):
+        load_defense("digits/standard", root=tmp_path)
+    change_card(folder, model=MODEL, wrapper={"_target_": "later.Wrapper"})
+    with pytest.raises(ValueError, match="cannot rebuild the wrapper"):
+        load_defense("digits/standard", root=tmp_path)
+    (folder / "card.yaml").write_text("name: digits/standard\n")
+    with pytest.raises(ValueError, match="lacks defense, source"):
+        card("digits/standard", root=tmp_path)
+    (folder / "card.yaml").write_text("name: [")
+    with pytest.raises(ValueError, match="is not valid YAML"):
+        card("digits/standard", root=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["standard", "digits/", "Digits/Standard", "../digits/x", "a/b/c", "digits/.."])
+def test_bad_names_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a zoo name is <data>/<name>"):
+        save(tmp_path, name)
+
+
+def test_what_cannot_be_loaded_again_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="over the zoo's 1000000"):
+        save(tmp_path, defense=nn.Linear(600, 600))
+    with pytest.raises(ValueError, match="does not fit the weights"):
+        save(tmp_path, model=MODEL | {"num_classes": 7})
+    assert names(root=tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_listing_the_zoo_does_not_import_torch() -> None:
+    code = "import sys; from robustbench_lite.zoo import card, names; [card(n) for n in names()]; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], env=dict(os.environ), check=True)
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_shipped_entry_loads(name: str) -> None:
+    about = card(name)
+    assert about["name"] == name
+    assert name.startswith(f"{about['data']['name']}/")
+    assert not load_defense(name).training
+
+
+def test_the_zoo_knows_no_other_names() -> None:
+    import robustbench_lite.zoo as zoo
+
+    with pytest.raises(AttributeError, match="has no attribute 'load'"):
+        zoo.load  # noqa: B018
