@@ -68,6 +68,7 @@ class Oracle:
         forwards: int64 (B,) forward passes spent on each sample, those that judge candidates included.
         backwards: int64 (B,) backward passes spent on each sample.
         found: the best point of each sample, and which samples have fallen.
+        verdict: bool (n,) which candidates of the last question fooled the deployed model, inside the threat or not.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Oracle:
         self.found = Incumbent(x, threat, keep_first=stop == "success")
         self.forwards = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         self.backwards = self.forwards.clone()
+        self.verdict = torch.zeros(0, dtype=torch.bool, device=x.device)
         self._model, self._view = model, model if view is None else view
         self._own_predict: Callable[[Tensor], Tensor] | None = getattr(model, "predict", None)
         self._one_pass = self._view is model and self._own_predict is None  # logits serve loss, success and gradient
@@ -168,6 +170,33 @@ class Oracle:
             self._offer(points, rows, value, logits if self._one_pass else None)
         return value, slope.nan_to_num(0.0, 0.0, 0.0)
 
+    def pullback(
+        self, points: Tensor, rows: Tensor, loss: Loss = margin, *, candidate: bool = True
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Return the view's logits (n, K) at `points` and their pullback, for losses that only the caller knows.
+
+        The pullback maps weights (n, K) on the logits to their gradient (n, ...): one backward pass, once. `loss` says
+        how good a candidate is that does not succeed. Costs as `gradient`; the graph of all points is alive at once.
+
+        Raises:
+            AccessDeniedError: the access level is below GRADIENT.
+            OutOfBudgetError: a row cannot pay.
+        """
+        self._require(Access.GRADIENT)
+        self._pay(rows, self.gradient_cost if candidate else self._view_cost)
+        leaf = points.detach().requires_grad_()
+        with torch.enable_grad():
+            graph = self._logits(self._view, leaf, rows)
+        logits = graph.detach()
+        if candidate:
+            self._offer(points, rows, loss(logits, self.goal.take(rows)), logits if self._one_pass else None)
+
+        def pull(weights: Tensor) -> Tensor:
+            self.backwards[rows] += 1
+            return _input_gradient(graph, leaf, weights).nan_to_num(0.0, 0.0, 0.0)
+
+        return logits, pull
+
     def scores(
         self, points: Tensor, rows: Tensor, loss: Loss = margin, aim: Goal | None = None, *, candidate: bool = True
     ) -> Tensor:
@@ -234,6 +263,7 @@ class Oracle:
         success = self.goal.take(rows).achieved(labels, self._rejects)
         if self._stochastic:
             success = self._majority(points, rows, success)
+        self.verdict = success
         self.found.offer(points, rows, success, value, self.forwards[rows])
 
     def _majority(self, points: Tensor, rows: Tensor, success: Tensor) -> Tensor:
@@ -306,9 +336,10 @@ class Oracle:
         return answers[0] if len(answers) == 1 else tuple(torch.cat(part) for part in zip(*answers, strict=True))
 
 
-def _input_gradient(value: Tensor, leaf: Tensor) -> Tensor:
-    """Return the gradient of the summed loss; zeros where the loss does not depend on the input at all."""
+def _input_gradient(value: Tensor, leaf: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the gradient of the (weighted) sum of `value`; zeros where it does not depend on the input at all."""
     if not value.requires_grad:
         return torch.zeros_like(leaf)
-    (slope,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
+    total = value.sum() if weights is None else value
+    (slope,) = torch.autograd.grad(total, leaf, weights, allow_unused=True)
     return torch.zeros_like(leaf) if slope is None else slope
