@@ -1,0 +1,70 @@
+"""What bounds start from: the box, and the ball, of a threat around images; or a box given as such."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robustbench_lite.certify.intervals import Ball, Interval
+from robustbench_lite.core.threats import Lp, Threat
+
+__all__: list[str] = []
+
+NORMS = ("linf", "l2", "l1")
+
+
+def input_set(threat_or_box: Threat | tuple[Tensor, Tensor], x: Tensor | None) -> Interval:
+    """Return the box (and for l2 and l1 the ball) of inputs.
+
+    Raises:
+        TypeError: neither a threat nor a pair of tensors.
+        ValueError: a threat that bounds cannot start from, shapes that differ, NaN, or lower above upper.
+    """
+    if isinstance(threat_or_box, Threat):
+        return _threat_set(threat_or_box, x)
+    if not isinstance(threat_or_box, (tuple, list)) or len(threat_or_box) != 2:
+        raise TypeError(f"expected a threat or a box (lower, upper), got {type(threat_or_box).__name__}")
+    if x is not None:
+        raise ValueError("x goes with a threat; a box (lower, upper) says all by itself")
+    lower, upper = threat_or_box
+    _check_box(lower, upper)
+    return Interval(lower, upper)
+
+
+def _threat_set(threat: Threat, x: Tensor | None) -> Interval:
+    if x is None:
+        raise ValueError("a threat is a set around images: give them as x=...")
+    if not isinstance(threat, Lp) or threat.norm not in NORMS:
+        raise ValueError(f"interval bounds start from Lp threats of norm {', '.join(NORMS)}; got {threat.name}")
+    _check_tensor("x", x)
+    lower, upper = threat.box(x)
+    _check_box(lower, upper)
+    if threat.norm == "linf":
+        return Interval(lower, upper)
+    eps = threat.radius(x).reshape(-1).expand(len(x))
+    return Interval(lower, upper, Ball(threat.norm, eps, x, torch.ones_like(x[:1])))
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        came = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {came}")
+    if value.ndim != 4:
+        raise ValueError(f"{name} must have shape (B, C, H, W), got {tuple(value.shape)}")
+
+
+def _check_box(lower: Tensor, upper: Tensor) -> None:
+    _check_tensor("lower", lower)
+    _check_tensor("upper", upper)
+    if lower.shape != upper.shape or lower.dtype != upper.dtype or lower.device != upper.device:
+        raise ValueError(
+            f"lower and upper must agree in shape, dtype and device, got {tuple(lower.shape)} {lower.dtype} "
+            f"{lower.device} and {tuple(upper.shape)} {upper.dtype} {upper.device}"
+        )
+    if not bool((lower.isfinite() & upper.isfinite()).all()):
+        raise ValueError("the box must be finite, got NaN or infinity")
+    wrong = lower > upper
+    if bool(wrong.any()):
+        place = tuple(int(i) for i in wrong.nonzero()[0])
+        low, high = float(lower[place]), float(upper[place])
+        raise ValueError(f"lower must not exceed upper; at {place} lower is {low:g} and upper {high:g}")

@@ -1,0 +1,107 @@
+"""Certifiers that bound margins: a prediction stands if every z_pred - z_j stays positive over the whole threat."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from robustbench_lite.certify.base import Certifier
+from robustbench_lite.certify.graph import graph_of
+from robustbench_lite.core.checks import check_labels, explain_mismatch
+from robustbench_lite.core.models import ABSTAIN, INVALID, Model, is_stochastic, labels_of, predict
+from robustbench_lite.core.results import Certificate, Status
+from robustbench_lite.core.rng import Streams
+from robustbench_lite.core.threats import Lp, Threat
+
+__all__ = ["MarginCertifier"]
+
+
+@dataclass(frozen=True)
+class MarginCertifier(Certifier):
+    """The common part of IBP and its kin: a subclass writes `lower_margins`.
+
+    The decision is made in float64, on a float64 reading of the parameters (TF32 plays no part there): VERIFIED asks
+    every lower bound to exceed `tolerance`. Float64 rounding of a net whose activations stay below 1e6 is some 1e-8.
+    The claim is for real arithmetic: a deployed float32 forward has rounding of its own, near a margin of 0.
+
+    A prediction is UNKNOWN where it is not the largest logit of the forward that was bounded (a `predict` of its own),
+    or where that logit is not finite.
+
+    Attributes:
+        tolerance: what a lower bound of a margin has to exceed.
+    """
+
+    kind: ClassVar[str] = "deterministic"
+    tolerance: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tolerance < float("inf"):
+            raise ValueError(f"tolerance must be >= 0 and finite, got {self.tolerance}")
+
+    @abstractmethod
+    def lower_margins(self, model: nn.Module, x: Tensor, threat: Lp, C: Tensor) -> Tensor:
+        """Return lower bounds (B, S) of C z over the threat around float64 images `x`; NaN where nothing is known."""
+
+    def run(self, model: Model, x: Tensor, y: Tensor, threat: Threat, streams: Streams) -> Certificate:
+        """Certify one chunk; `threat` is an `Lp` ball."""
+        if not isinstance(model, nn.Module) or not isinstance(threat, Lp):
+            raise TypeError(f"{type(self).__name__} reads a model's layers: it needs an nn.Module and an Lp threat")
+        if is_stochastic(model):
+            raise ValueError(
+                f"{type(model).__name__} is stochastic: a deterministic certificate says nothing about it; certify the "
+                "net inside, or use a probabilistic certifier"
+            )
+        num_classes = graph_of(model, x).num_classes
+        if num_classes < 2:
+            raise ValueError(f"a margin needs at least 2 logits, the model returns {num_classes}")
+        check_labels(y, x, num_classes)
+        with torch.no_grad():
+            prediction, bounded = _predictions(model, x)
+            margins = self._margins(model, x, threat, bounded, num_classes)
+            verified = (margins > self.tolerance).all(dim=1) & (bounded == prediction)
+            wrong = bounded != y
+            margins[wrong] = self._margins(model, x[wrong], threat.take(wrong), y[wrong], num_classes)
+        return self._certificate(verified, prediction, y, threat, margins)
+
+    def _margins(self, model: nn.Module, x: Tensor, threat: Lp, label: Tensor, num_classes: int) -> Tensor:
+        """Return lower bounds (B, K) of z_label - z_j: +inf at j = label, -inf where nothing is known."""
+        margins = torch.full((len(x), num_classes), -torch.inf, dtype=torch.float64, device=x.device)
+        rows = (label >= 0).nonzero().flatten()
+        if len(rows):
+            unit = torch.eye(num_classes, dtype=torch.float64, device=x.device)
+            chosen = unit[label[rows]]
+            found = self.lower_margins(model, x[rows].double(), threat.take(rows), chosen.unsqueeze(1) - unit)
+            margins[rows] = torch.where(chosen.bool(), torch.inf, found.nan_to_num(nan=-torch.inf))
+        return margins
+
+    def _certificate(self, verified: Tensor, prediction: Tensor, y: Tensor, threat: Lp, margins: Tensor) -> Certificate:
+        status = torch.where(verified, int(Status.VERIFIED), int(Status.UNKNOWN))
+        status = torch.where(prediction == ABSTAIN, int(Status.ABSTAINED), status)
+        eps = torch.as_tensor(threat.eps, dtype=torch.float64, device=y.device).reshape(-1).expand(len(y))
+        return Certificate(
+            status=status,
+            certified=verified & (prediction == y),
+            radius=torch.where(verified, eps, 0.0),
+            prediction=prediction,
+            kind=self.kind,
+            confidence=1.0,
+            samples=torch.zeros_like(y),
+            margins=margins,
+        )
+
+
+def _predictions(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the deployed model's labels, and those of the forward that bounds are about."""
+    try:
+        prediction = predict(model, x)
+        forward = labels_of(model(x)) if callable(getattr(model, "predict", None)) else prediction
+    except RuntimeError as error:
+        reason = explain_mismatch(model, x)
+        if reason is None:
+            raise
+        raise ValueError(reason) from error
+    return prediction, torch.where(forward == prediction, forward, INVALID)

@@ -1,0 +1,122 @@
+"""Conv2d: an affine map that shares its weights. Centre conv(c, W) + b, radius conv(r, |W|).
+
+At the input's Lp ball the dual norm of each output position's row is again a convolution: for l2 the root of
+conv(scale^2, W^2), zero padding included; for l1 the largest weight among the taps that fall on the image.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.utils import _pair
+
+from robustbench_lite.certify.intervals import Ball, Interval
+from robustbench_lite.certify.ir import Node
+from robustbench_lite.certify.operators.registry import Build, Value, interval, layer, spelled
+
+__all__: list[str] = []
+
+aten = torch.ops.aten
+
+
+@spelled(F.conv2d, torch.conv2d, aten.conv2d.default, aten.conv2d.padding)
+def lower_conv2d(
+    build: Build,
+    z: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Node:
+    """Bring F.conv2d in; "same" and "valid" padding become numbers, an uneven "same" a padding of its own."""
+    dilation = _pair(dilation)
+    if padding == "same":
+        z, padding = _same(build, z, weight.shape[-2:], dilation)
+    elif padding == "valid":
+        padding = 0
+    fixed = {"stride": _pair(stride), "padding": _pair(padding), "dilation": dilation, "groups": groups}
+    return build.apply("conv2d", z, weight, bias, **fixed)
+
+
+def _same(build: Build, z: Node, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[Node, Any]:
+    total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    if all(t % 2 == 0 for t in total):
+        return z, tuple(t // 2 for t in total)
+    left = [t // 2 for t in total]
+    sides = (left[1], total[1] - left[1], left[0], total[0] - left[0])  # last dimension first
+    return _padded(build, z, sides, "constant"), (0, 0)
+
+
+def _padded(build: Build, z: Node, sides: tuple[int, ...], mode: str) -> Node:
+    height, width = z.shape[-2:]
+    shape = (*z.shape[:-2], height + sides[2] + sides[3], width + sides[0] + sides[1])
+    return build.apply("pad", z, sides=sides, mode=mode, value=0.0, shape=shape)
+
+
+@spelled(aten.convolution.default)
+def lower_convolution(
+    build: Build,
+    z: Any,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+) -> Node:
+    """Bring ATen's general convolution in, where it is a plain one over images."""
+    if transposed or len(weight.shape) != 4:
+        raise build.refuse("only two-dimensional convolutions that are not transposed are supported")
+    return lower_conv2d(build, z, weight, bias, stride, padding, dilation, groups)
+
+
+@layer(nn.Conv2d)
+def lower_layer(build: Build, module: nn.Conv2d, z: Node) -> Node:
+    """Bring nn.Conv2d in; padding other than with zeros becomes a node of its own."""
+    weight, bias = build.parameter("weight"), build.parameter("bias")
+    padding: Any = module.padding
+    if module.padding_mode != "zeros":
+        z = _padded(build, z, tuple(module._reversed_padding_repeated_twice), module.padding_mode)
+        padding = 0
+    return lower_conv2d(build, z, weight, bias, module.stride, padding, module.dilation, module.groups)
+
+
+@interval("conv2d")
+def interval_conv2d(node: Node, z: Value, weight: Value, bias: Value | None = None) -> Interval:
+    """Return the box around conv(z, W) + b."""
+    if not isinstance(z, Interval) or not isinstance(weight, Tensor) or isinstance(bias, Interval):
+        raise TypeError("only the input of a convolution may vary, not its weights")
+    fixed = node.attributes
+    box = Interval.around(F.conv2d(z.centre, weight, bias, **fixed), F.conv2d(z.radius, weight.abs(), None, **fixed))
+    if z.ball is None:
+        return box
+    size = _l2_gain(z.ball, weight, node) if z.ball.norm == "l2" else _l1_gain(z.ball, weight, node)
+    radius = z.ball.eps.reshape(-1, 1, 1, 1) * size
+    return box.intersect(Interval.around(F.conv2d(z.ball.centre, weight, bias, **fixed), radius))
+
+
+def _l2_gain(ball: Ball, weight: Tensor, node: Node) -> Tensor:
+    return F.conv2d(ball.scale**2, weight**2, None, **node.attributes).sqrt()
+
+
+def _l1_gain(ball: Ball, weight: Tensor, node: Node) -> Tensor:
+    """Return the largest |weight * scale| over the taps that fall on the image, (1, O, H', W').
+
+    Scale counts by its largest value in a channel, which is exact for normalisation.
+    """
+    groups = node.attributes["groups"]
+    outputs, inputs, *kernel = weight.shape
+    scale = ball.scale.abs().amax(dim=(2, 3)).reshape(groups, 1, inputs, 1, 1)
+    taps = (weight.reshape(groups, outputs // groups, inputs, *kernel).abs() * scale).amax(dim=2).reshape(outputs, -1)
+    height, width = ball.centre.shape[2:]
+    window = {name: node.attributes[name] for name in ("stride", "padding", "dilation")}
+    on_image = F.unfold(torch.ones_like(weight[:1, :1, :1, :1]).expand(1, 1, height, width), tuple(kernel), **window)
+    gain = torch.stack([(tap.unsqueeze(1) * on_image[0]).amax(dim=0) for tap in taps])
+    return gain.reshape(1, outputs, *node.shape[1:])
