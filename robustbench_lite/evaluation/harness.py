@@ -1,0 +1,212 @@
+"""The harness: one model, some samples, some threats, some methods; one honest row a threat.
+
+Work goes block by block (500 dataset indices), in each block method by method: clean answers, attacks in the order
+given, certifiers, audit. What the store holds is taken from it row by row, the rest is computed and added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from torch import Tensor
+
+from robustbench_lite.core.threats import Threat
+from robustbench_lite.evaluation.audit import audit
+from robustbench_lite.evaluation.cells import block_of
+from robustbench_lite.evaluation.flags import Flag, non_finite
+from robustbench_lite.evaluation.ledger import Ledger
+from robustbench_lite.evaluation.methods import sparing
+from robustbench_lite.evaluation.plan import MODES, Plan, Task
+from robustbench_lite.evaluation.probe import probe
+from robustbench_lite.evaluation.records import to_frame
+from robustbench_lite.evaluation.report import Report
+from robustbench_lite.evaluation.samples import Samples, as_samples
+from robustbench_lite.evaluation.store import Store
+from robustbench_lite.evaluation.subject import Subject
+from robustbench_lite.evaluation.witnesses import Witnesses
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from robustbench_lite.attacks.base import Attack
+    from robustbench_lite.certify.base import Certifier
+    from robustbench_lite.data.base import Dataset
+
+__all__ = ["UnsavedError", "evaluate"]
+
+
+class UnsavedError(OSError):
+    """The evaluation is complete, but some of it could not be written. `report` holds everything."""
+
+    def __init__(self, message: str, report: Report) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+def evaluate(
+    model: Any,
+    data: Dataset | tuple[Tensor, Tensor],
+    threat: Threat | Sequence[Threat],
+    attacks: Iterable[Attack] = (),
+    certifiers: Iterable[Certifier] = (),
+    *,
+    store: Store | Path | str | None = None,
+    seed: int = 0,
+    mode: str = "full",
+    name: str | None = None,
+    batch_size: int = 250,
+    device: str = "auto",
+    max_queries: int | None = None,
+    precision: str = "auto",
+    progress: bool = False,
+) -> Report:
+    """Evaluate a model under one or several threats, each judged alone.
+
+    The model is left as it was; a defense is attacked as deployed, through its `attack_view` if it has one.
+
+    Args:
+        model: images (B, C, H, W) to logits (B, K): a module in eval mode, or any callable with a `name`.
+        data: a data set, or (images, labels).
+        threat: what the adversary may do; a list of threats gives one row of the table each.
+        attacks: in the order they run, cheap ones first.
+        certifiers: likewise.
+        store: a folder that keeps the rows; what it holds is not computed again. None: nothing is kept.
+        seed: of all randomness.
+        mode: "full": each attack sees all samples. "cascade": only those that still stand, and each certifier after the
+            first only correct ones that no deterministic one before it has proved.
+        name: what tables call the model; default: its class.
+        batch_size: samples in one call of a method; it changes answers by rounding at most.
+        device: "auto": where the model is, or a GPU if there is one (the model is copied, not moved).
+        max_queries: forward passes that an attack may spend on each sample; None for no limit.
+        precision: "auto": the model's; "float32" or "float64" convert a copy of the model.
+        progress: show a progress bar.
+
+    Raises:
+        TypeError: a model, images, labels or methods of the wrong type.
+        ValueError: a model in train mode, images out of bounds, labels without a logit, a threat without a budget,
+        the same method twice ...; the message says what to do. StoreError: the store cannot be written, or a newer
+        version of this package has written it. EvaluationError: a method failed; the message names defense, method
+        and block. Finished blocks are kept. UnsavedError: the disk was full; what could not be written is in the
+        error's `report` alone.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    threats = [threat] if isinstance(threat, Threat) else list(threat)
+    plan = Plan.of(threats, list(attacks), list(certifiers), max_queries)
+    samples = as_samples(data, plan.bounds)
+    subject = Subject.of(model, name, device, precision)
+    flags = probe(subject, samples, seed)
+    opened = store if isinstance(store, Store) or store is None else Store(store)
+    ledger = Ledger(opened, str(subject.device), batch_size)
+    tasks, witnesses = plan.tasks(subject, samples.name, seed), Witnesses(ledger)
+    tables: dict[str, list[pa.Table]] = {task.cell.key: [] for task in tasks}
+    for part in _blocks(samples, progress):
+        _block(part, tasks, mode, subject, ledger, tables)
+        rows = to_frame(pa.concat_tables([parts[-1] for parts in tables.values()]))
+        witnesses.collect(part, rows, [task.cell for task in tasks])
+    records = to_frame(pa.concat_tables([table for parts in tables.values() for table in parts]))
+    return _report(records, plan, flags, ledger, witnesses)
+
+
+def _blocks(samples: Samples, progress: bool) -> Iterable[Samples]:
+    """Yield the samples of each block, in the order of their indices."""
+    numbers = block_of(samples.indices)
+    order = [np.flatnonzero(numbers == b) for b in np.unique(numbers)]
+    parts = (samples.take(rows[np.argsort(samples.indices[rows], kind="stable")]) for rows in order)
+    if not progress:
+        return parts
+    from rich.progress import track
+
+    return track(parts, description="evaluating", total=len(order))
+
+
+def _block(
+    part: Samples, tasks: list[Task], mode: str, subject: Subject, ledger: Ledger, tables: dict[str, list[pa.Table]]
+) -> None:
+    """Run all tasks on one block, and add one table to those of each cell."""
+    clean = ledger.fetch(tasks[0], part)
+    tables[tasks[0].cell.key].append(clean)
+    for threat in dict.fromkeys(task.threat for task in tasks[1:]):
+        own = [task for task in tasks[1:] if task.threat == threat]
+        if mode == "full":
+            found = [ledger.fetch(task, part) for task in own]
+        else:
+            found = _attack_cascade(part, own, subject, ledger, clean) + _proof_cascade(part, own, ledger, clean)
+        for task, table in zip(own, found, strict=True):
+            tables[task.cell.key].append(table)
+
+
+def _attack_cascade(
+    part: Samples, tasks: list[Task], subject: Subject, ledger: Ledger, clean: pa.Table
+) -> list[pa.Table]:
+    """Let each attack see what still stands.
+
+    A misclassified sample is broken without an attack. It gets its row from the first one all the same, so that records
+    alone tell which samples a threat was judged on.
+    """
+    tables: list[pa.Table] = []
+    standing = _mask(clean, "correct")
+    for task in [task for task in tasks if task.cell.kind == "attack"]:
+        given = np.ones(len(part), dtype=bool) if not tables else standing
+        run = sparing(task.run, subject, clean) if not tables else None
+        rows = ledger.fetch(task, part.take(given), run)
+        tables.append(rows)
+        standing = standing.copy()
+        standing[np.flatnonzero(given)[_mask(rows, "success")]] = False
+    return tables
+
+
+def _proof_cascade(part: Samples, tasks: list[Task], ledger: Ledger, clean: pa.Table) -> list[pa.Table]:
+    """Let the first certifier see all samples, and each further one those that are correct and not yet proven."""
+    tables: list[pa.Table] = []
+    open_ = np.ones(len(part), dtype=bool)
+    for task in [task for task in tasks if task.cell.kind == "certifier"]:
+        rows = ledger.fetch(task, part.take(open_))
+        tables.append(rows)
+        sure = rows.column("certificate").to_numpy(zero_copy_only=False) == "deterministic"
+        open_[np.flatnonzero(open_)[_mask(rows, "certified") & sure]] = False
+        open_ &= _mask(clean, "correct")
+    return tables
+
+
+def _mask(rows: pa.Table, column: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    mask: np.ndarray[Any, np.dtype[np.bool_]] = rows.column(column).to_numpy(zero_copy_only=False).astype(bool)
+    return mask
+
+
+def _report(records: pd.DataFrame, plan: Plan, flags: list[Flag], ledger: Ledger, witnesses: Witnesses) -> Report:
+    """Audit the whole, keep the flags, and say at the end what could not be written.
+
+    Raises:
+        UnsavedError: something could not.
+    """
+    store, broken, found = ledger.store, non_finite(records), witnesses.attach(audit(records))
+    if store is not None:
+        first = records.iloc[0]
+        try:
+            store.put_flags(str(first["fingerprint"]), str(first["dataset"]), [asdict(flag) for flag in flags])
+        except OSError as error:
+            ledger.unsaved.append(f"flags: {error}")
+    report = Report(
+        records,
+        plan.names,
+        [*flags, *([broken] if broken else [])],
+        found.violations,
+        found.findings,
+        plan.not_applicable,
+        [] if store is None else list(store.warnings),
+        ledger.unsaved,
+    )
+    if ledger.unsaved:
+        lost = "; ".join(ledger.unsaved)
+        raise UnsavedError(
+            f"the evaluation is complete, but {len(ledger.unsaved)} parts could not be kept: {lost}", report
+        )
+    return report

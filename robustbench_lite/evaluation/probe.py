@@ -1,0 +1,59 @@
+"""The probe: a first look at the model on a few images, which finds what no record shows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robustbench_lite.core.checks import check_labels, check_logits, explain_mismatch
+from robustbench_lite.core.goals import Untargeted
+from robustbench_lite.core.losses import margin
+from robustbench_lite.core.models import frozen
+from robustbench_lite.evaluation.flags import Flag, probabilities, randomised, zero_gradients
+from robustbench_lite.evaluation.samples import Samples
+from robustbench_lite.evaluation.subject import Subject
+
+__all__ = ["PROBED", "probe"]
+
+PROBED = 64  # images: three forward passes on each
+
+
+def probe(subject: Subject, samples: Samples, seed: int) -> list[Flag]:
+    """Return the flags that the model's answers on the first images raise.
+
+    Raises:
+        TypeError: the model does not answer with a floating-point tensor.
+        ValueError: its answer has the wrong shape, device or dtype do not fit, or a label has no logit.
+    """
+    x, y = subject.images(samples.x[:PROBED]), samples.y[:PROBED].to(subject.device)
+    with subject.seeded(seed), frozen(subject.model, subject.view):
+        with torch.no_grad():
+            first, second = _ask(subject, x), _ask(subject, x)
+        check_logits(first, x)
+        if first.shape[1] < 2:
+            raise ValueError(f"a classifier needs at least two logits, got {first.shape[1]}")
+        check_labels(samples.y, samples.x, first.shape[1])
+        gradients = _gradients(subject, x, y)
+    found = [probabilities(first), randomised(first, second, subject.stochastic), zero_gradients(gradients)]
+    return [flag for flag in found if flag is not None]
+
+
+def _ask(subject: Subject, x: Tensor) -> Tensor:
+    try:
+        return subject.model(x)
+    except RuntimeError as error:
+        mismatch = explain_mismatch(subject.model, x)
+        if mismatch is None:
+            raise
+        raise ValueError(mismatch) from error
+
+
+def _gradients(subject: Subject, x: Tensor, y: Tensor) -> Tensor:
+    """Return the margin's gradient from what an attacker differentiates; zeros where there is none at all."""
+    leaf = x.clone().requires_grad_()
+    with torch.enable_grad():
+        value = margin((subject.model if subject.view is None else subject.view)(leaf), Untargeted(y)).sum()
+        if not value.requires_grad:
+            return torch.zeros_like(x)
+        (slope,) = torch.autograd.grad(value, leaf, allow_unused=True)
+    return torch.zeros_like(x) if slope is None else slope

@@ -1,0 +1,66 @@
+"""The report of one evaluation: records, table, flags, verdict. Importing it does not import torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+import pandas as pd
+
+from robustbench_lite.evaluation.audit import Contradiction
+from robustbench_lite.evaluation.flags import Flag
+from robustbench_lite.evaluation.summary import summarize
+
+__all__ = ["NotApplicable", "Report"]
+
+
+@dataclass(frozen=True)
+class NotApplicable:
+    """A method that has nothing to say about a threat: n/a in the table, never 0."""
+
+    threat: str
+    eps: float | None
+    kind: str
+    method: str
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What `evaluate` returns.
+
+    Attributes:
+        records: one row for each sample and method (`evaluation/records.py` documents the columns).
+        threats: (name, eps) of the threats that were judged, each alone.
+        flags: reasons to doubt the result.
+        violations: contradictions between attack and proof; one is enough to make the verdict "invalid".
+        findings: contradictions that chance, rounding or a heuristic explains.
+        not_applicable: methods that do not support a threat.
+        warnings: what was damaged in the store, and computed again.
+        unsaved: cells that could not be written, with the system's reason.
+    """
+
+    records: pd.DataFrame
+    threats: list[tuple[str, float | None]]
+    flags: list[Flag]
+    violations: list[Contradiction]
+    findings: list[Contradiction]
+    not_applicable: list[NotApplicable] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    unsaved: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        """The word for the result: "invalid" if the audit found a violation, otherwise "doubtful".
+
+        "reliable" will need the full-mode probe of DESIGN 5.8, which is still to come.
+        """
+        return "invalid" if self.violations else "doubtful"
+
+    def summary(self) -> pd.DataFrame:
+        """Return the table: one row for each threat; a method that is not applicable has a column of NaN."""
+        first = self.records.iloc[0]
+        kept = {(str(first["fingerprint"]), str(first["dataset"])): [asdict(flag) for flag in self.flags]}
+        table = summarize(self.records, kept, self.threats)
+        missing = dict.fromkeys(n.method for n in self.not_applicable if n.method not in table.columns)
+        for column in [name + end for name in missing for end in ("", "_low", "_high")]:
+            table.insert(list(table.columns).index("verdict"), column, float("nan"))
+        return table

@@ -1,0 +1,74 @@
+"""The samples of an evaluation: images with their labels, names and hashes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustbench_lite.core.checks import check_images, check_labels
+from robustbench_lite.data.base import Dataset
+from robustbench_lite.data.hashing import hash_images
+
+__all__ = ["Samples", "as_samples"]
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Some samples of one data set.
+
+    Attributes:
+        name: what records call the data.
+        x: float32 (N, C, H, W), on the CPU.
+        y: int64 (N,).
+        indices: int64 (N,), their numbers in the whole data set.
+        hashes: one image hash a sample.
+    """
+
+    name: str
+    x: Tensor
+    y: Tensor
+    indices: np.ndarray[Any, Any]
+    hashes: list[str]
+
+    @property
+    def targets(self) -> np.ndarray[Any, Any]:
+        """The labels as an array."""
+        return self.y.numpy()
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    def take(self, rows: np.ndarray[Any, Any]) -> Samples:
+        """Return these rows, in this order: int64 positions, or a boolean mask."""
+        places = np.flatnonzero(rows) if rows.dtype == bool else rows
+        chosen = torch.from_numpy(places)
+        return Samples(
+            self.name, self.x[chosen], self.y[chosen], self.indices[places], [self.hashes[i] for i in places]
+        )
+
+
+def as_samples(data: Dataset | tuple[Tensor, Tensor], bounds: tuple[float, float]) -> Samples:
+    """Return the samples of a data set, or of plain (images, labels), which are called "custom" and numbered from 0.
+
+    Raises:
+        TypeError: images or labels of another type.
+        ValueError: no samples, images outside the bounds, or an index that comes twice.
+    """
+    if isinstance(data, (tuple, list)):
+        x, y = data
+        check_images(x, bounds)
+        check_labels(y, x)
+        if len(x) == 0:
+            raise ValueError("there are no samples to evaluate on")
+        images = x.detach().cpu().float()
+        return Samples("custom", images, y.cpu(), np.arange(len(x)), hash_images(images))
+    check_images(data.images, bounds)
+    indices = data.indices.cpu().numpy()
+    if len(np.unique(indices)) < len(indices):
+        raise ValueError("an index comes twice in the data: each sample must be there once")
+    name = data.name if data.split == "test" else f"{data.name}/{data.split}"
+    return Samples(name, data.images.cpu(), data.labels.cpu(), indices, list(data.sample_hashes))

@@ -1,0 +1,338 @@
+"""The store: records in parquet files, addressed row by row.
+
+    STORE/cells/<cell>/<block>-<unique>.parquet         records of one cell, at most 500 dataset indices
+    STORE/cells/<cell>/<block>-<unique>.safetensors     the adversarial examples of its successes
+    STORE/flags/<fingerprint>-<dataset>.json            flags that no record shows
+    STORE/violations/<sample>.json, .safetensors        witnesses of the audit
+
+A file appears whole or not at all, and its examples before it: a killed run loses the block in flight, nothing else.
+Names are unique, so several machines may write to one store. A row that two of them wrote is read once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from robustbench_lite.evaluation.cells import Cell, sample_keys
+from robustbench_lite.evaluation.environment import environment
+from robustbench_lite.evaluation.files import put, remove_leftovers, require_writable, set_aside, write_files
+from robustbench_lite.evaluation.records import KINDS, SCHEMA, SCHEMA_VERSION, empty_records, to_frame
+from robustbench_lite.evaluation.specs import canonical
+
+__all__ = ["Examples", "NewerSchemaError", "Part", "Store", "StoreError"]
+
+_LOG = logging.getLogger(__name__)
+_KEY = ("index", "sample_hash", "label")
+_DAMAGE = (pa.ArrowException, OSError, ValueError, KeyError)  # what a parquet or JSON reader says of broken bytes
+
+
+class StoreError(RuntimeError):
+    """The store cannot be used as asked."""
+
+
+class NewerSchemaError(StoreError):
+    """The store was written by a newer version of this package."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Adversarial examples of some samples: dataset indices (n,), images (n, C, H, W), parameters (n, ...) if any."""
+
+    index: np.ndarray[Any, Any]
+    x_adv: np.ndarray[Any, Any]
+    parameters: np.ndarray[Any, Any] | None = None
+
+    @classmethod
+    def join(cls, parts: list[Examples]) -> Examples | None:
+        """Return the examples of several batches as one; None where there are none."""
+        parts = [part for part in parts if len(part.index)]
+        if not parts:
+            return None
+        arrays = [part.tensors() for part in parts]
+        return cls(**{name: np.concatenate([array[name] for array in arrays]) for name in arrays[0]})
+
+    def take(self, rows: np.ndarray[Any, Any]) -> Examples:
+        """Return the examples at these positions."""
+        return Examples(**{name: array[rows] for name, array in self.tensors().items()})
+
+    def tensors(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Return the arrays by the names they are stored under."""
+        arrays = {"index": self.index, "x_adv": self.x_adv}
+        arrays |= {} if self.parameters is None else {"parameters": self.parameters}
+        return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of records.
+
+    Attributes:
+        path: where it is.
+        identity: its cell's identity, with the specs that rebuild threat and method.
+        environment: versions and device it was made under.
+        defense: what the model was called.
+    """
+
+    path: Path
+    identity: dict[str, Any]
+    environment: dict[str, str]
+    defense: str
+
+
+class Store:
+    """Records and examples under one folder.
+
+    Attributes:
+        root: the folder.
+        warnings: what was found damaged, in words.
+    """
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+        self.warnings: list[str] = []
+        self._visited: set[Path] = set()
+
+    def require_writable(self) -> None:
+        """Prove that the store can be written, before hours are spent on what it cannot keep.
+
+        Raises:
+            StoreError: it cannot.
+        """
+        try:
+            require_writable(self.root)
+        except OSError as error:
+            raise StoreError(error.strerror) from error
+
+    def rows(self, cell: Cell, block: int) -> pa.Table:
+        """Return the records of a cell's block, each once; damaged files are set aside and reported.
+
+        Raises:
+            NewerSchemaError: a file has a newer schema.
+        """
+        folder = self._folder(cell)
+        if folder not in self._visited:
+            self._visited.add(folder)
+            remove_leftovers(folder)
+        tables = [t for path in sorted(folder.glob(f"{block:05d}-*.parquet")) if (t := self._sound(path)) is not None]
+        return cell.renamed(_each_once(pa.concat_tables(tables))) if tables else empty_records()
+
+    def write(self, cell: Cell, block: int, rows: pa.Table, examples: Examples | None, device: str) -> None:
+        """Add records of one block, and the examples of their successes, which reach the disk first.
+
+        Raises:
+            OSError: the disk is full or cannot be written; nothing of this call is kept.
+        """
+        folder = self._folder(cell)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{block:05d}-{uuid.uuid4().hex[:12]}.parquet"
+        table = rows.replace_schema_metadata(_metadata(cell, device))
+        files = [(path, lambda stream: _write_table(table, stream))]
+        if examples is not None and len(examples.index):
+            data = save(examples.tensors())
+            files.insert(0, (path.with_suffix(".safetensors"), lambda stream: _write_bytes(data, stream)))
+        write_files(files)
+
+    def examples(self, cell: Cell, block: int) -> Iterator[Examples]:
+        """Yield the stored examples of a cell's block."""
+        for path in sorted(self._folder(cell).glob(f"{block:05d}-*.safetensors")):
+            found = self.examples_of(path.with_suffix(".parquet"))
+            if found is not None:
+                yield found
+
+    def examples_of(self, records: Path) -> Examples | None:
+        """Return the examples beside a file of records; None where there are none, or where they are damaged."""
+        path = records.with_suffix(".safetensors")
+        if not path.exists() or not records.exists():
+            return None
+        try:
+            tensors = load_file(path)
+            return Examples(tensors["index"], tensors["x_adv"], tensors.get("parameters"))
+        except (SafetensorError, KeyError, OSError) as error:
+            self._report(f"damaged examples {path.name}: {error}")
+            return None
+
+    def parts(self) -> Iterator[Part]:
+        """Yield every sound file of records; damaged ones are reported.
+
+        Raises:
+            NewerSchemaError: a file has a newer schema.
+        """
+        for path in self._files():
+            try:
+                with pq.ParquetFile(path) as file:
+                    kept = file.schema_arrow.metadata or {}
+                _check_version(path, kept)
+                identity, made = json.loads(kept[b"identity"]), json.loads(kept[b"environment"])
+                yield Part(path, identity, made, kept[b"defense"].decode())
+            except _DAMAGE as error:
+                _only_damage(error)
+                self._report(f"damaged records {path.relative_to(self.root)}: {error}")
+
+    def file_records(self, part: Part) -> pd.DataFrame | None:
+        """Return the records of one file; None where it is damaged."""
+        try:
+            return to_frame(_read(part.path, SCHEMA.names))
+        except _DAMAGE as error:
+            _only_damage(error)
+            self._report(f"damaged records {part.path.relative_to(self.root)}: {error}")
+            return None
+
+    def records(self, columns: Iterable[str] | None = None, **equal: Any) -> pd.DataFrame:
+        """Return the records as a frame, each row once; nothing is changed on the disk.
+
+        Args:
+            columns: the columns to read; None for all.
+            equal: keep rows whose column has this value, such as `dataset="digits"`.
+
+        Raises:
+            StoreError: there is no such store.
+            NewerSchemaError: a file has a newer schema.
+        """
+        if not self.root.is_dir():
+            raise StoreError(f"there is no store at {self.root}")
+        names = list(SCHEMA.names if columns is None else columns)
+        folders: dict[Path, list[Path]] = {}
+        for path in self._files():
+            folders.setdefault(path.parent, []).append(path)
+        tables = [self._cell_records(paths, names, equal) for paths in sorted(folders.values(), key=self._rank)]
+        schema = pa.schema([SCHEMA.field(name) for name in names])
+        return to_frame(pa.concat_tables([schema.empty_table(), *tables]))
+
+    def put_flags(self, fingerprint: str, dataset: str, flags: list[dict[str, str]]) -> None:
+        """Keep the flags that a model raised on a data set, in place of older ones.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        path, data = self._flags(fingerprint, dataset), json.dumps(flags, indent=1).encode()
+        if path.read_bytes() != data if path.exists() else bool(flags):
+            put(path, data)
+
+    def flags(self) -> dict[tuple[str, str], list[dict[str, str]]]:
+        """Return the kept flags, by (fingerprint, dataset)."""
+        found = {}
+        for path in sorted((self.root / "flags").glob("*.json")):
+            fingerprint, _, dataset = path.stem.partition("-")
+            try:
+                found[fingerprint, dataset.replace("%", "/")] = json.loads(path.read_text())
+            except (ValueError, OSError) as error:
+                self._report(f"damaged flags {path.name}: {error}")
+        return found
+
+    def _flags(self, fingerprint: str, dataset: str) -> Path:
+        return self.root / "flags" / f"{fingerprint}-{dataset.replace('/', '%')}.json"
+
+    def _folder(self, cell: Cell) -> Path:
+        return self.root / "cells" / cell.key
+
+    def _files(self) -> list[Path]:
+        return sorted((self.root / "cells").glob("*/*.parquet"))
+
+    def _sound(self, path: Path) -> pa.Table | None:
+        """Read a whole file; move it aside where it is damaged."""
+        try:
+            return _read(path, SCHEMA.names)
+        except FileNotFoundError:
+            return None
+        except _DAMAGE as error:
+            _only_damage(error)
+            self._report(f"damaged records {path.relative_to(self.root)}: {error}; set aside, to be computed again")
+            set_aside(path)
+            return None
+
+    def _cell_records(self, paths: list[Path], names: list[str], equal: dict[str, Any]) -> pa.Table:
+        blocks = [path.name.partition("-")[0] for path in paths]
+        overlap = len(set(blocks)) < len(blocks)  # only then can a row be there twice
+        needed = list(dict.fromkeys([*names, *equal, *(_KEY if overlap else ())]))
+        tables = []
+        for path in paths:
+            try:
+                tables.append(_read(path, needed))
+            except _DAMAGE as error:
+                _only_damage(error)
+                self._report(f"damaged records {path.relative_to(self.root)}: {error}; left out")
+        table = pa.concat_tables([pa.schema([SCHEMA.field(n) for n in needed]).empty_table(), *tables])
+        table = _each_once(table) if overlap else table
+        for name, value in equal.items():
+            table = table.filter(pc.equal(table.column(name), pa.scalar(value, SCHEMA.field(name).type)))
+        return table.select(names)
+
+    def _rank(self, paths: list[Path]) -> tuple[str, str]:
+        """Order cells by their identity rather than its hash, so that tables keep their order of columns."""
+        for path in paths:
+            try:
+                with pq.ParquetFile(path) as file:
+                    kept = file.schema_arrow.metadata or {}
+                identity = json.loads(kept[b"identity"])
+                return canonical([KINDS.index(identity["kind"]), identity["method"], identity["threat"]]), paths[
+                    0
+                ].parent.name
+            except _DAMAGE as error:
+                _only_damage(error)
+        return "", paths[0].parent.name
+
+    def _report(self, message: str) -> None:
+        if message not in self.warnings:
+            self.warnings.append(message)
+            _LOG.warning(message)
+
+
+def _metadata(cell: Cell, device: str) -> dict[str, str]:
+    return {
+        "schema_version": str(SCHEMA_VERSION),
+        "identity": canonical(cell.identity),
+        "defense": cell.defense,
+        "environment": canonical(environment() | {"device": device}),
+    }
+
+
+def _write_table(table: pa.Table, stream: BinaryIO) -> None:
+    pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
+
+
+def _write_bytes(data: bytes, stream: BinaryIO) -> None:
+    stream.write(data)
+
+
+def _read(path: Path, names: list[str]) -> pa.Table:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        _check_version(path, file.schema_arrow.metadata or {})
+        table = file.read(columns=names)
+    return table.select(names).cast(pa.schema([SCHEMA.field(name) for name in names])).replace_schema_metadata(None)
+
+
+def _only_damage(error: Exception) -> None:
+    """Raise what is no damage: the system's own errors carry a number (too many open files, no permission ...)."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
+
+
+def _check_version(path: Path, metadata: dict[bytes, bytes]) -> None:
+    version = int(metadata[b"schema_version"])
+    if version > SCHEMA_VERSION:
+        raise NewerSchemaError(
+            f"{path} has schema version {version}, but this package knows {SCHEMA_VERSION}: upgrade robustbench_lite, "
+            "or choose another store"
+        )
+
+
+def _each_once(table: pa.Table) -> pa.Table:
+    """Keep the first of the rows that have one name."""
+    first: dict[tuple[int, str, int], int] = {}
+    for place, key in enumerate(sample_keys(table)):
+        first.setdefault(key, place)
+    return table if len(first) == len(table) else table.take(list(first.values()))

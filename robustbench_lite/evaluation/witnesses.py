@@ -1,0 +1,82 @@
+"""Witnesses: what the audit objects to is written down, with the example, as soon as its block is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import save
+
+from robustbench_lite.evaluation.audit import Audit, Contradiction, audit
+from robustbench_lite.evaluation.cells import Cell
+from robustbench_lite.evaluation.files import put
+from robustbench_lite.evaluation.ledger import Ledger
+from robustbench_lite.evaluation.samples import Samples
+
+__all__ = ["Witnesses"]
+
+_KEPT = ("broken_certificate", "refuted_attack")
+
+
+class Witnesses:
+    """Collects the witnesses of one evaluation, block by block."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._found: dict[str, Contradiction] = {}
+
+    def collect(self, part: Samples, records: pd.DataFrame, cells: Sequence[Cell]) -> None:
+        """Audit a block, and keep the examples of its violations: in the store if there is one, and at hand."""
+        violations = [v for v in audit(records).violations if v.id in _KEPT]
+        if violations:
+            found = [dataclasses.replace(v, example=self._example(v, part, cells)) for v in violations]
+            path = self._write(found, part)
+            self._found |= {v.evidence: dataclasses.replace(v, witness=path) for v in found}
+        self._ledger.forget()
+
+    def attach(self, whole: Audit) -> Audit:
+        """Return the audit of all records with the witnesses that were kept."""
+        return Audit([self._found.get(v.evidence, v) for v in whole.violations], whole.findings)
+
+    def _example(self, violation: Contradiction, part: Samples, cells: Sequence[Cell]) -> Any:
+        facts = violation.facts
+        place = int(np.flatnonzero(part.indices == facts["index"])[0])
+        if facts.get("witness_kind") == "attack":
+            for cell in cells:
+                if (cell.method, cell.version, cell.eps) == (
+                    facts["witness_method"],
+                    facts["witness_version"],
+                    facts["witness_eps"],
+                ) and cell.threat == facts["threat"]:
+                    example = self._ledger.example(cell, facts["index"])
+                    return part.x[place].numpy() if example is None else example.x_adv[0]
+        return part.x[place].numpy()
+
+    def _write(self, violations: list[Contradiction], part: Samples) -> str | None:
+        """Write the block's violations as JSON, and clean and adversarial images beside it; return the file's name."""
+        if self._ledger.store is None:
+            return None
+        listed = [{"id": v.id, "evidence": v.evidence, "defense": v.defense, **_plain(v.facts)} for v in violations]
+        data = json.dumps(listed, indent=1).encode()
+        name = f"violations/{violations[0].facts['fingerprint']}-{hashlib.sha256(data).hexdigest()[:12]}"
+        indices = np.array([v.facts["index"] for v in violations], dtype=np.int64)
+        places = [int(np.flatnonzero(part.indices == index)[0]) for index in indices]
+        images = np.stack([np.asarray(v.example) for v in violations])
+        tensors = {"index": indices, "x": part.x[places].numpy(), "x_adv": np.ascontiguousarray(images)}
+        try:
+            put(self._ledger.store.root / f"{name}.safetensors", save(tensors))
+            put(self._ledger.store.root / f"{name}.json", data)
+        except OSError as error:
+            self._ledger.unsaved.append(f"{name}: {error}")
+            return None
+        return f"{name}.json"
+
+
+def _plain(facts: dict[str, Any]) -> dict[str, Any]:
+    item: Callable[[Any], Any] = lambda value: None if value is pd.NA else getattr(value, "item", lambda: value)()  # noqa: E731
+    return {key: item(value) for key, value in facts.items()}
