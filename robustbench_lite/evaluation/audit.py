@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from scipy.special import bdtrc
 
@@ -66,41 +67,56 @@ def audit(records: pd.DataFrame) -> Audit:
     """Check every certificate in the records against every witness of the same sample, model and norm."""
     violations, findings = _refuted(records), _other_model(records)
     pairs = _pairs(records)
-    near = pairs["margin_w"].between(-TOLERANCE, TIE)
-    kinds = pairs["certificate"].fillna("deterministic")
-    violations += [_broken("broken_certificate", row) for row in _rows(pairs[~near & (kinds == "deterministic")])]
-    findings += [_broken("near_tie", row) for row in _rows(pairs[near & (kinds == "deterministic")])]
-    findings += [_broken("broken_estimate", row) for row in _rows(pairs[~near & (kinds == "estimate")])]
-    for excessive, contradiction in _probabilistic(records, pairs[~near & (kinds == "probabilistic")]):
-        (violations if excessive else findings).append(contradiction)
+    if len(pairs):
+        near, kinds = _near(pairs["margin_w"]), pairs["certificate"]
+        violations += [_broken("broken_certificate", row) for row in _rows(pairs[~near & (kinds == "deterministic")])]
+        findings += [_broken("near_tie", row) for row in _rows(pairs[near & (kinds == "deterministic")])]
+        findings += [_broken("broken_estimate", row) for row in _rows(pairs[~near & (kinds == "estimate")])]
+        for excessive, contradiction in _probabilistic(records, pairs[~near & (kinds == "probabilistic")]):
+            (violations if excessive else findings).append(contradiction)
     return Audit(violations, findings)
 
 
-def _witnesses(records: pd.DataFrame) -> pd.DataFrame:
-    """Return attack successes, and misclassified clean images once for each threat that was certified."""
-    attacks = records[(records["kind"] == "attack") & records["success"].fillna(False)]
-    wrong = records[(records["kind"] == "clean") & ~records["correct"].fillna(True)]
-    threats = records.loc[records["kind"] == "certifier", [*_MODEL, "threat"]].drop_duplicates()
-    columns = [c for c in records.columns if c not in ("threat", "eps", "distance")]
-    wrong = wrong[columns].merge(threats, on=_MODEL).assign(eps=0.0, distance=0.0)
-    return pd.concat([part for part in (attacks, wrong[[*records.columns]]) if len(part)] or [attacks])
+def _true(column: pd.Series[Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    return column.to_numpy(dtype=bool, na_value=False)
+
+
+def _near(margin: pd.Series[Any]) -> pd.Series[Any]:
+    return margin.between(-TOLERANCE, TIE)
+
+
+def _proofs(records: pd.DataFrame) -> pd.DataFrame:
+    """Return the certificates that claim something about the true label."""
+    claims = _true(records["certified"]) | (records["radius"] > 0).to_numpy()
+    return records[_true(records["kind"] == "certifier") & _true(records["correct"]) & claims]
 
 
 def _pairs(records: pd.DataFrame) -> pd.DataFrame:
-    """Return each certificate with the nearest witness inside its radius, whose columns end in _w."""
-    proofs = records[(records["kind"] == "certifier") & records["correct"].fillna(False)]
-    proofs = proofs[proofs["certified"].fillna(False) | (proofs["radius"] > 0)].reset_index(names="proof")
-    on = [*_MODEL, "threat", *SAMPLE]
-    pairs = proofs.merge(_witnesses(records), on=on, suffixes=("", "_w"))
-    pairs = pairs[pairs["distance_w"] <= pairs["radius"]]
-    # A clear witness goes before a near tie, and a near one before a far one: one pair for each certificate.
-    pairs = pairs.assign(clear=~pairs["margin_w"].between(-TOLERANCE, TIE))
-    pairs = pairs.sort_values(["proof", "clear", "distance_w"], ascending=[True, False, True], kind="stable")
-    return pairs.drop_duplicates("proof").drop(columns=["proof", "clear"])
+    """Return each certificate with one witness inside its radius, whose columns end in _w.
+
+    A clear witness goes before a near tie, and a near one before a far one.
+    """
+    on, wanted = [*_MODEL, *SAMPLE], ["threat", "radius", "distance", "margin"]
+    kinds = records["kind"].to_numpy()
+    right, won = _true(records["correct"]), _true(records["success"])
+    records = records.assign(row=np.arange(len(records)))
+    proofs = _proofs(records)[[*on, "threat", "radius", "row"]]
+    attacks, wrong = records[(kinds == "attack") & won], records[(kinds == "clean") & ~right]
+    found = []
+    for witnesses, keys in ((attacks, [*on, "threat"]), (wrong, on)):  # a wrong clean image lies in every threat
+        columns = witnesses[[*keys, "distance", "margin", "row"]].rename(columns={"row": "row_w"})
+        found.append(proofs.merge(columns.assign(distance=columns["distance"].fillna(0.0)), on=keys))
+    pairs = pd.concat(found)[[*on, *wanted, "row", "row_w"]]
+    pairs = pairs[pairs["distance"] <= pairs["radius"]]
+    pairs = pairs.assign(near=_near(pairs["margin"])).sort_values(["row", "near", "distance"], kind="stable")
+    pairs = pairs.drop_duplicates("row")
+    left = records.iloc[pairs["row"].to_numpy()].reset_index(drop=True)
+    right_side = records.iloc[pairs["row_w"].to_numpy()].reset_index(drop=True).add_suffix("_w")
+    return pd.concat([left, right_side.assign(distance_w=pairs["distance"].to_numpy())], axis=1)
 
 
 def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")]
+    return [{str(k): v for k, v in row.items()} for row in frame.to_dict("records")] if len(frame) else []
 
 
 def _group(row: dict[str, Any], suffix: str = "") -> tuple[Any, ...]:
@@ -124,9 +140,10 @@ def _broken(kind: str, row: dict[str, Any]) -> Contradiction:
 def _probabilistic(records: pd.DataFrame, broken: pd.DataFrame) -> list[tuple[bool, Contradiction]]:
     """Count failures by certifier and table row; say of each count whether chance explains it."""
     by = [*GROUP, "method", "version", "confidence"]
-    proofs = records[(records["kind"] == "certifier") & records["correct"].fillna(False)]
-    trials = proofs[proofs["certified"].fillna(False) | (proofs["radius"] > 0)].groupby(by, dropna=False).size()
-    answers = []
+    answers: list[tuple[bool, Contradiction]] = []
+    if len(broken) == 0:
+        return answers
+    trials = _proofs(records).groupby(by, dropna=False).size()
     key: Any
     for key, rows in broken.groupby(by, dropna=False):
         n, failures, alpha = int(trials[key]), len(rows), 1 - float(key[-1])
@@ -145,31 +162,32 @@ def _probabilistic(records: pd.DataFrame, broken: pd.DataFrame) -> list[tuple[bo
 
 
 def _refuted(records: pd.DataFrame) -> list[Contradiction]:
-    rows = records[(records["kind"] == "attack") & (records["status"] == "refuted").fillna(False)]
+    rows = records[_true(records["status"] == "refuted")]
     found = []
     for row in _rows(rows):
         evidence = (
-            f"{row['dataset']} {row['index']} (label {row['label']}): {row['method']} claims success in {row['threat']}, "
-            f"but its input lies outside the threat, or the model answers {row['prediction']} there (lead {row['margin']:.3g})"
+            f"{row['dataset']} {row['index']} (label {row['label']}): {row['method']} claims success, "
+            f"but its input is not in {row['threat']}, or the model answers {row['prediction']} there "
+            f"(lead {row['margin']:.3g})"
         )
-        facts = {
-            key: row[key] for key in (*_MODEL, "threat", "eps", "method", "version", *SAMPLE, "prediction", "margin")
-        }
+        kept = (*_MODEL, "threat", "eps", "method", "version", *SAMPLE, "prediction", "margin")
+        facts = {key: row[key] for key in kept}
         found.append(Contradiction("refuted_attack", evidence, str(row["defense"]), (_group(row),), facts))
     return found
 
 
 def _other_model(records: pd.DataFrame) -> list[Contradiction]:
     """Find deterministic certifiers that verified another answer than the deployed model gives."""
-    proofs = records[
-        (records["status"] == "verified").fillna(False) & (records["certificate"] == "deterministic").fillna(False)
+    on, claim = [*_MODEL, "seed", "precision", *SAMPLE], _true(records["status"] == "verified")
+    proofs = records.loc[
+        claim & _true(records["certificate"] == "deterministic"), [*GROUP, *SAMPLE, "defense", "method", "prediction"]
     ]
-    clean = records[records["kind"] == "clean"]
-    on = [*_MODEL, "seed", "precision", *SAMPLE]
-    both = proofs.merge(clean[[*on, "prediction", "margin"]], on=on, suffixes=("", "_w"))
-    both = both[(both["prediction"] != both["prediction_w"]) & (both["margin_w"].abs() > TIE)]
-    found = []
-    for key, rows in both.groupby([*GROUP, "method"], dropna=False):
+    clean = records.loc[_true(records["kind"] == "clean"), [*on, "prediction", "margin"]]
+    both = proofs.merge(clean, on=on, suffixes=("", "_w"))
+    both = both[_true(both["prediction"] != both["prediction_w"]) & (both["margin"].abs() > TIE).to_numpy()]
+    found: list[Contradiction] = []
+    key: Any
+    for key, rows in both.groupby([*GROUP, "method"], dropna=False) if len(both) else ():
         evidence = f"{key[-1]} verified {len(rows)} predictions that are not the deployed model's"
         facts = {"method": key[-1], "indices": [int(i) for i in rows["index"]]}
         groups = (tuple(key[: len(GROUP)]),)

@@ -58,7 +58,7 @@ def randomised(first: Tensor, second: Tensor, declared: bool) -> Flag | None:
 
 
 def zero_gradients(gradients: Tensor) -> Flag | None:
-    """Raised if the margin's gradient at the image (B, C, H, W) is exactly zero, or not finite, for 5 % of the samples."""
+    """Raised if the margin's gradient (B, C, H, W) is exactly zero, or not finite, for more than 5 % of the images."""
     rows = gradients.flatten(1)
     dead = (rows == 0).all(dim=1) | ~rows.isfinite().all(dim=1)
     if float(dead.double().mean()) <= 0.05:

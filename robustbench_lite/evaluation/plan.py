@@ -111,7 +111,7 @@ class Plan:
 
 def _cell(kind: str, method: Any, max_queries: int | None, settings: dict[str, Any], common: dict[str, Any]) -> Cell:
     kept = {key: value for key, value in settings.items() if value is not None}
-    name, version = _title(kind, method, max_queries), type(method).version
+    name, version = _title(kind, method, max_queries), method.version
     return Cell(kind=kind, method=name, method_spec=spec(method), version=version, settings=kept, **common)
 
 

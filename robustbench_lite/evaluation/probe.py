@@ -49,11 +49,16 @@ def _ask(subject: Subject, x: Tensor) -> Tensor:
 
 
 def _gradients(subject: Subject, x: Tensor, y: Tensor) -> Tensor:
-    """Return the margin's gradient from what an attacker differentiates; zeros where there is none at all."""
+    """Return the margin's gradient from what an attacker differentiates; zeros where there is none, NaN if it fails."""
     leaf = x.clone().requires_grad_()
     with torch.enable_grad():
         value = margin((subject.model if subject.view is None else subject.view)(leaf), Untargeted(y)).sum()
         if not value.requires_grad:
             return torch.zeros_like(x)
-        (slope,) = torch.autograd.grad(value, leaf, allow_unused=True)
+        try:
+            (slope,) = torch.autograd.grad(value, leaf, allow_unused=True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # an operation without a derivative: the flag says so
+            return torch.full_like(x, torch.nan)
     return torch.zeros_like(x) if slope is None else slope

@@ -1,7 +1,7 @@
 """Specs: a threat or a method as plain JSON that names it exactly and rebuilds it.
 
-`{"_target_": "robustbench_lite.core.threats.Lp", "norm": "linf", "eps": 0.3, "bounds": [0.0, 1.0]}`: the class and every
-field of a frozen dataclass. A stored result carries the spec of what made it.
+`{"_target_": "robustbench_lite.core.threats.Lp", "norm": "linf", "eps": 0.3, "bounds": [0.0, 1.0]}`: the class and
+every field of a frozen dataclass. A stored result carries the spec of what made it.
 """
 
 from __future__ import annotations

@@ -139,11 +139,19 @@ class Subject:
 
     @contextmanager
     def seeded(self, seed: int) -> Iterator[None]:
-        """Seed the global generators, for models that draw from them, and restore them afterwards."""
+        """Seed the global generators, for models that draw from them, and restore them; TF32 is off inside."""
         devices = [self.device] if self.device.type == "cuda" else []
+        backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul) if devices else ()
+        allowed = [backend.allow_tf32 for backend in backends]
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
-            yield
+            try:
+                for backend in backends:
+                    backend.allow_tf32 = False
+                yield
+            finally:
+                for backend, before in zip(backends, allowed, strict=True):
+                    backend.allow_tf32 = before
 
 
 def _lead(logits: Tensor, y: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from robustbench_lite.attacks.base import Attack
 from robustbench_lite.core.goals import as_goal
 from robustbench_lite.core.oracle import Access
 from robustbench_lite.core.results import AttackResult, Certificate, Status
+from robustbench_lite.data.base import Dataset
 
 CALLS: dict[str, list[list[int]]] = {}  # the dataset indices of each call, by name of the method
 
@@ -37,6 +38,13 @@ def linear_data(n: int = 40, seed: int = 0, wrong: float = 0.2) -> tuple[Tensor,
     x = torch.rand(n, 1, 4, 4, generator=g)
     y = (x.flatten(1).sum(dim=1) < 8.0).long()
     return x, torch.where(torch.rand(n, generator=g) < wrong, 1 - y, y)
+
+
+def two_blocks(n: int = 40, seed: int = 0) -> Dataset:
+    """`linear_data` under indices of which half lie in the block from 500 on."""
+    x, y = linear_data(n, seed)
+    indices = torch.arange(n) + torch.where(torch.arange(n) >= n // 2, 500, 0)
+    return Dataset("linear", "test", x, y, indices, 2)
 
 
 def exact_radius(x: Tensor) -> Tensor:

@@ -1,0 +1,156 @@
+"""Whatever changes answers changes the fingerprint; what does not, does not."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from robustbench_lite.evaluation.fingerprint import fingerprint
+
+
+class Mask(nn.Module):
+    def __init__(self, net: nn.Module, **more: Any) -> None:
+        super().__init__()
+        self.net = net
+        for key, value in more.items():
+            setattr(self, key, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class OtherMask(Mask):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.round())
+
+
+def net(**changes: Any) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 2, 3, **changes), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(32, 3))
+
+
+def edited(change: Callable[[nn.Sequential], None]) -> nn.Sequential:
+    model = net()
+    with torch.no_grad():
+        change(model)
+    return model
+
+
+def nudge_weight(model: nn.Sequential) -> None:
+    model[3].weight[0, 0] += 1e-7
+
+
+def nudge_buffer(model: nn.Sequential) -> None:
+    model[1].running_mean[1] += 1
+
+
+def change_eps(model: nn.Sequential) -> None:
+    model[1].eps = 1e-3
+
+
+def add_hook(model: nn.Sequential) -> None:
+    model.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def hide_buffer(model: nn.Sequential) -> None:
+    model.register_buffer("hidden", torch.ones(1), persistent=False)
+
+
+def test_each_difference_shows() -> None:
+    shared = net()
+    models: list[Any] = [net(), net(stride=2), net(padding_mode="reflect"), net().double()]
+    models += [edited(change) for change in (nudge_weight, nudge_buffer, change_eps, add_hook, hide_buffer)]
+    models += [
+        Mask(shared),
+        OtherMask(shared),
+        nn.Sequential(shared),
+        Mask(shared, sigma=0.25),
+        Mask(shared, sigma=0.5),
+    ]
+    models += [
+        Mask(shared, levels=[1, 2]),
+        Mask(shared, levels=(1, 2)),
+        Mask(shared, levels={1, 2}),
+        Mask(shared, other=[1, 2]),
+    ]
+    models += [Mask(shared, f=torch.relu), Mask(shared, f=torch.tanh), Mask(shared, f=partial(torch.mul, 2.0))]
+    models += [
+        Mask(shared, f=partial(torch.mul, 3.0)),
+        Mask(shared, f=lambda x: x + 1),
+        Mask(shared, f=lambda x: x + 2),
+    ]
+    models += [
+        Mask(shared, table=torch.ones(2)),
+        Mask(shared, table=torch.ones(2).double()),
+        Mask(shared, nets=[net()]),
+    ]
+    models += [Mask(shared, nets=[edited(nudge_weight)])]
+    prints = [fingerprint(model) for model in models]
+    assert len(set(prints)) == len(models)
+
+
+def test_what_does_not_matter_does_not_show() -> None:
+    model, first = net(), fingerprint(net())
+    assert fingerprint(model.eval()) == first
+    assert fingerprint(model.requires_grad_(False)) == first
+    model.requires_grad_(True)(torch.rand(2, 1, 6, 6)).sum().backward()  # eval mode: no running statistics
+    assert fingerprint(model) == first
+
+
+@pytest.mark.slow
+def test_a_compiled_module_is_the_module() -> None:
+    assert fingerprint(torch.compile(net())) == fingerprint(net())
+
+
+def test_a_cycle_ends() -> None:
+    model = Mask(net())
+    model.friends = [1]
+    model.friends.append(model.friends)
+    assert fingerprint(model) == fingerprint(model)
+
+
+def test_callables_need_a_name() -> None:
+    model = net()
+    with pytest.raises(ValueError, match="needs a name"):
+        fingerprint(lambda x: model(x))
+    assert fingerprint(lambda x: model(x), "a") != fingerprint(lambda x: model(x), "b")
+    with pytest.raises(TypeError, match="callable"):
+        fingerprint(3)
+
+
+MODULE = """
+import torch
+from torch import nn
+from robustbench_lite.evaluation.fingerprint import fingerprint
+
+class M(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.names = {"b", "a", "c", "much"}
+        self.net = nn.Linear(2, 2)
+        self.f = lambda x: x
+
+torch.manual_seed(0)
+answer = fingerprint(M())
+if __name__ == "__main__":
+    print(answer)
+"""
+
+
+def test_every_process_agrees(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(MODULE)
+    hidden = runpy.run_path(str(script), run_name="imported")
+    env = {**os.environ, "PYTHONHASHSEED": "1"}
+    child = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, env=env)
+    assert child.stdout.strip() == hidden["answer"]
