@@ -1,1 +1,1 @@
-"""app."""
+"""The `rbl` command: Hydra applications over the configs of `robustbench_lite.conf`."""

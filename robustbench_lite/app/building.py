@@ -1,0 +1,84 @@
+"""From configuration to objects: data, models, threats and methods. Importing this imports torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from hydra.utils import instantiate
+from torch import nn
+
+from robustbench_lite.data import Dataset
+from robustbench_lite.models import load_model, shape_options
+
+__all__ = ["build", "complete", "data", "methods", "model", "net", "row_name"]
+
+
+def build(node: Mapping[str, Any], what: str) -> Any:
+    """Return the object of a node with `_target_`.
+
+    Raises:
+        ValueError: the node has no target.
+        hydra.errors.InstantiationException: the target cannot be imported, or refuses its arguments.
+    """
+    if not node.get("_target_"):
+        raise ValueError(f"{what} has no _target_: choose a config of the group, such as {what}=...")
+    return instantiate(dict(node), _convert_="all")
+
+
+def data(plain: Mapping[str, Any]) -> Dataset:
+    """Return the samples of a job: its data set, cut to the first `limit`."""
+    whole = _load(json.dumps(plain["data"], sort_keys=True))
+    return whole if plain["limit"] is None else whole.head(int(plain["limit"]))
+
+
+@lru_cache(maxsize=1)  # the jobs of a sweep share their data set
+def _load(node: str) -> Dataset:
+    loaded = build(json.loads(node), "data")
+    if not isinstance(loaded, Dataset):
+        raise TypeError(f"data must be a Dataset, its _target_ returned {type(loaded).__name__}")
+    return loaded
+
+
+def model(plain: Mapping[str, Any]) -> Any:
+    """Return the model of a job: the zoo's entry, or the user's net with its weights, in eval mode."""
+    if plain["defense"]:
+        return build(plain["defense"], "defense")
+    return net(plain["model"], data(plain)).eval()
+
+
+def net(node: Mapping[str, Any], samples: Dataset) -> nn.Module:
+    """Return the net of a node, with its weights if it names a file of them."""
+    options = complete(node, samples)
+    return load_model(options.pop("_target_"), **instantiate(options, _convert_="all"))
+
+
+def complete(node: Mapping[str, Any], samples: Dataset) -> dict[str, Any]:
+    """Return a net's node with what it must know of the images and classes taken from the samples.
+
+    Architectures of ours always fit the data. A net of the user's gets what it names as arguments and is not given.
+    """
+    options = {key: value for key, value in node.items() if key != "weights" or value is not None}
+    target = str(options["_target_"])
+    channels, height, width = samples.images.shape[1:]
+    size = height if height == width else (height, width)
+    shape = shape_options(target, in_channels=channels, image_size=size, num_classes=samples.num_classes)
+    ours = target.startswith("robustbench_lite.")
+    return options | {name: value for name, value in shape.items() if ours or options.get(name) is None}
+
+
+def methods(plain: Mapping[str, Any], kind: str) -> list[Any]:
+    """Return the attacks or the certifiers of a job's suite, in their order; a method set to null is left out."""
+    nodes = (plain["suite"] or {}).get(kind) or {}
+    return [build(node, f"suite.{kind}.{name}") for name, node in nodes.items() if node is not None]
+
+
+def row_name(plain: Mapping[str, Any]) -> str:
+    """Return what tables call the model of a job."""
+    if plain["name"]:
+        return str(plain["name"])
+    if plain["defense"]:
+        return str(plain["defense"]["name"])
+    return str(plain["model"]["_target_"]).rpartition(".")[2]

@@ -1,0 +1,60 @@
+"""Hydra callbacks: after a multirun, one table over its jobs, derived from the store."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from robustbench_lite.app import receipts, sweeps
+from robustbench_lite.app.console import console
+from robustbench_lite.app.errors import report_errors
+from robustbench_lite.app.screen import show_sheet
+from robustbench_lite.report.export import write_tables
+from robustbench_lite.report.sheet import sheets
+
+__all__ = ["TableCallback"]
+
+
+class TableCallback(Callback):
+    """Ranks the rows of a multirun in one table a threat, on the screen and in `STORE/tables`.
+
+    It ends the command, by `SystemExit`: Hydra would turn any other exception of a callback into a warning. The status
+    is 1 if a job failed or a row is invalid.
+    """
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Show and write the tables, then name the jobs that failed."""
+        with report_errors() as outcome:
+            outcome.status = _finish(Path(config.hydra.sweep.dir), Path(config.store))
+        raise SystemExit(outcome.status)
+
+
+def _finish(folder: Path, store: Path) -> int:
+    failed, summaries = [], []
+    for ended, receipt in sweeps.outcomes(folder):
+        report = receipts.report_of(receipt, store) if receipt else None
+        if report is None:
+            failed.append((ended.name, ended.error or "its rows are no longer in the store"))
+        else:
+            summaries.append(report.summary())
+    written = []
+    for sheet in sheets(summaries):
+        show_sheet(sheet)
+        written += write_tables(sheet, store / "tables")
+    if written:
+        shown = ", ".join(path.as_posix() for path in written)
+        console().print(f"written: {shown}", style="dim", highlight=False, soft_wrap=True)
+    for name, error in failed:
+        print(f"failed: {name}: {error}", file=sys.stderr)
+    if failed:
+        print(
+            f"tracebacks are in {folder.as_posix()}; run the command again to compute what is missing", file=sys.stderr
+        )
+    else:
+        sweeps.forget(folder)
+    invalid = any((summary["verdict"] == "invalid").any() for summary in summaries)
+    return int(bool(failed) or invalid)

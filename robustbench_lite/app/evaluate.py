@@ -1,0 +1,69 @@
+"""`rbl evaluate`: attack and certify one defense; with `--multirun` several, and one table over them."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from robustbench_lite.app import sweeps
+from robustbench_lite.app.console import console
+from robustbench_lite.app.errors import explain
+from robustbench_lite.app.hydra_app import run
+from robustbench_lite.app.jobs import Done, evaluate_job
+from robustbench_lite.app.screen import show_report
+
+__all__ = ["job", "main"]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `rbl evaluate`."""
+    return run(job, "evaluate", arguments)
+
+
+def job(config: DictConfig) -> int:
+    """Evaluate one defense and return the exit status: 1 for an invalid row.
+
+    Alone it shows its table and raises what goes wrong. In a sweep it leaves its outcome in the sweep's folder, so that
+    one failure does not end the others.
+    """
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return _sweep_job(config)
+    done = evaluate_job(config)
+    show_report(done.report)
+    _say_where(done, config)
+    return int(done.report.verdict == "invalid" or bool(done.problem))
+
+
+def _sweep_job(config: DictConfig) -> int:
+    hydra = HydraConfig.get()
+    num, folder, overrides = int(hydra.job.num), Path(hydra.sweep.dir), list(hydra.overrides.task)
+    start = time.perf_counter()
+    try:
+        done = evaluate_job(config)
+        if done.receipt is None:
+            raise RuntimeError(done.problem or "its rows cannot be read back from the store")
+    except Exception as error:
+        message = explain(error) or f"{type(error).__name__}: {error}"
+        sweeps.record(folder, sweeps.Ended(num, overrides, None, message, traceback.format_exc()))
+        print(f"  {' '.join(overrides)}: failed: {message}", file=sys.stderr, flush=True)
+        return 1
+    sweeps.record(folder, sweeps.Ended(num, overrides, asdict(done.receipt)))
+    how = "from the store" if done.served else f"{time.perf_counter() - start:.1f} s"
+    print(f"  {done.receipt.defense}: {how}", file=sys.stderr, flush=True)
+    return 0
+
+
+def _say_where(done: Done, config: DictConfig) -> None:
+    if done.problem:
+        print(f"error: {done.problem}", file=sys.stderr)
+    elif config.store:
+        how = "served from" if done.served else "kept in"
+        console().print(f"rows {how} {config.store}", style="dim", highlight=False)

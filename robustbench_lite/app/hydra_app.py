@@ -1,0 +1,97 @@
+"""Running a Hydra application inside `rbl`: its arguments, the zoo among its configs, and its exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from robustbench_lite import zoo
+from robustbench_lite.core.errors import suggest
+
+__all__ = ["CONFIG_PATH", "register", "run"]
+
+CONFIG_PATH = "pkg://robustbench_lite.conf"
+ZOO_OF = {"mnist5k": "mnist"}  # data sets that are slices of another one, whose defenses they judge
+
+
+def run(job: Callable[[DictConfig], int], command: str, arguments: Sequence[str]) -> int:
+    """Run a job, or a sweep of jobs, as a Hydra application over `conf/<command>.yaml`; return its exit status.
+
+    What goes wrong is raised here, where Hydra would print it. In a sweep a job takes care of its own errors.
+    """
+    ends: list[int | Exception] = []
+
+    def guarded(config: DictConfig) -> None:
+        try:
+            ends.append(job(config))
+        except Exception as error:
+            ends.append(error)
+
+    register()
+    with _process_state(["rbl " + command, *arguments, *_sweep_folder(arguments)]):
+        try:
+            hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name=command)(guarded)()
+        except SystemExit as end:
+            return end.code if isinstance(end.code, int) else int(end.code is not None)
+    for ended in ends:
+        if isinstance(ended, Exception):
+            raise ended
+    return max((ended for ended in ends if isinstance(ended, int)), default=0)
+
+
+def _sweep_folder(arguments: Sequence[str]) -> list[str]:
+    """Return the override that gives each sweep a folder of its own in the store, unless the user names one."""
+    if any(argument.startswith("hydra.sweep.dir=") for argument in arguments):
+        return []
+    return [f"hydra.sweep.dir=${{store}}/sweeps/{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"]
+
+
+def register() -> None:
+    """Make the zoo's entries known to Hydra as `defense=<data>/<name>`, and `${zoo_entries:<data>}` in configs."""
+    store = ConfigStore.instance()
+    for name in zoo.names():
+        data, _, entry = name.partition("/")
+        node = {
+            "defaults": ["_self_", {"override /data@_global_.data": data}],
+            "_target_": "robustbench_lite.zoo.load_defense",
+            "name": name,
+        }
+        store.store(group=f"defense/{data}", name=entry, node=node, provider="zoo")
+    OmegaConf.register_new_resolver("zoo_entries", _zoo_entries, replace=True)
+
+
+def _zoo_entries(data: str) -> str:
+    """Return the zoo's defenses of a data set as a sweep: "digits/ibp,digits/standard"."""
+    found = zoo.names(ZOO_OF.get(data, data))
+    if not found:
+        there = sorted({name.partition("/")[0] for name in zoo.names()})
+        raise ValueError(f"{suggest(data, there, 'zoo of data')}; for a net of your own see 'rbl evaluate --help'")
+    return ",".join(found)
+
+
+@contextmanager
+def _process_state(argv: list[str]) -> Iterator[None]:
+    """Give Hydra the arguments and make it raise what goes wrong; both are put back afterwards."""
+    before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = argv, "1"
+    working_directory = os.getcwd()
+    added = working_directory not in sys.path
+    if added:
+        sys.path.insert(0, working_directory)  # a net of the user's is found beside the command
+    try:
+        yield
+    finally:
+        sys.argv = before
+        if added:
+            sys.path.remove(working_directory)
+        if full is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full

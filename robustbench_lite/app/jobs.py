@@ -1,0 +1,188 @@
+"""One job: evaluate one defense as a configuration says, or take the answer from the store without importing torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from robustbench_lite import zoo
+from robustbench_lite.app import receipts
+from robustbench_lite.app.digests import (
+    LIBRARIES,
+    digest,
+    digest_file,
+    digest_module,
+    digest_sources,
+    library_versions,
+    stamp,
+)
+from robustbench_lite.evaluation.report import Report
+
+__all__ = ["Done", "evaluate_job", "key_of", "plain_config"]
+
+_NOT_KEYED = ("store", "device", "batch_size", "usual_eps", "experiment")  # the answer does not depend on them
+
+
+@dataclass(frozen=True, eq=False)
+class Done:
+    """A finished job.
+
+    Attributes:
+        report: its result.
+        served: whether it came from the store alone.
+        receipt: names its rows; None where the store does not hold them all.
+        problem: what could not be written, in words.
+    """
+
+    report: Report
+    served: bool
+    receipt: receipts.Receipt | None
+    problem: str = ""
+
+
+def evaluate_job(config: DictConfig) -> Done:
+    """Run one evaluation, or serve it from the store.
+
+    Raises:
+        ValueError: neither a defense nor a model, or settings that make no sense.
+        Exception: what the evaluation raises.
+    """
+    plain = plain_config(config)
+    _check(plain)
+    store = Path(plain["store"]) if plain["store"] else None
+    key = key_of(plain) if store else None
+    if store and key and (receipt := receipts.find(store, key)) is not None:
+        report = receipts.report_of(receipt, store)
+        if report is not None:
+            return Done(report, True, receipt)
+    return _compute(plain, store, key)
+
+
+def plain_config(config: DictConfig) -> dict[str, Any]:
+    """Return a job's configuration as plain data, every interpolation resolved.
+
+    Raises:
+        omegaconf.errors.OmegaConfBaseException: a mandatory value is missing, or an interpolation leads nowhere.
+    """
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    if not isinstance(plain, dict):
+        raise TypeError(f"expected a mapping as configuration, got {type(plain).__name__}")
+    return {str(key): value for key, value in plain.items()}
+
+
+def key_of(plain: Mapping[str, Any]) -> str | None:
+    """Return the name of the receipt of a job; None where something it depends on cannot be told without importing it.
+
+    Args:
+        plain: the resolved configuration.
+    """
+    kept = {name: value for name, value in plain.items() if name not in _NOT_KEYED}
+    modules: dict[str, str] = {}
+    for target in sorted(_targets(kept)):
+        top = target.partition(".")[0]
+        if top == __name__.partition(".")[0] or top in LIBRARIES:
+            continue
+        code = digest_module(target)
+        if code is None:
+            return None
+        modules[top] = code
+    material = {
+        "config": kept,
+        "sources": digest_sources(),
+        "libraries": library_versions() | {"python": sys.version},
+        "modules": modules,
+        "weights": _weights(kept),
+        "data": _data_files(kept["data"]),
+    }
+    return digest(material)
+
+
+def _targets(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        if isinstance(value.get("_target_"), str):
+            yield value["_target_"]
+        for part in value.values():
+            yield from _targets(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _targets(part)
+
+
+def _weights(plain: Mapping[str, Any]) -> dict[str, str]:
+    """Return the digests of the files that hold weights: the zoo's, and whatever file the configuration names."""
+    found = {}
+    if plain["defense"]:
+        path = zoo.entry_folder(plain["defense"]["name"]) / "weights.safetensors"
+        found["zoo"] = digest_file(path) if path.exists() else "missing"
+    for text in _texts({name: value for name, value in plain.items() if name != "data"}):
+        path = Path(text)
+        if len(text) < 1000 and path.is_file():
+            found[text] = digest_file(path)
+    return found
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _texts(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts(part)
+
+
+def _data_files(node: Mapping[str, Any]) -> list[list[Any]]:
+    """Return path, size and time of change of the files a data set may read."""
+    named = {key: value for key, value in node.items() if key not in ("_target_", "name", "split")}
+    if "data_dir" in node:  # as in data/vision.py, which imports torch
+        named["data_dir"] = node["data_dir"] or os.environ.get("RBL_DATA") or "data_cache"
+    return [entry for text in sorted(_texts(named)) if Path(text).exists() for entry in stamp(Path(text))]
+
+
+def _check(plain: Mapping[str, Any]) -> None:
+    defense, model = plain["defense"], plain["model"]
+    own = bool(model) and bool(model.get("_target_"))
+    if not defense and not own:
+        raise ValueError(
+            "say what to evaluate: an entry of the zoo by defense=<data>/<name> ('rbl list defenses' names them), or a "
+            "net of yours by model._target_=my_package.nets.Net model.weights=net.safetensors"
+        )
+    if defense and own:
+        raise ValueError("give defense=... or model._target_=..., not both: an entry of the zoo brings its own net")
+    if defense and "name" not in defense:
+        raise ValueError(
+            f"{defense.get('_target_')} is an objective of 'rbl train'; to evaluate, choose an entry of the zoo: "
+            f"{', '.join(zoo.names())}"
+        )
+
+
+def _compute(plain: dict[str, Any], store: Path | None, key: str | None) -> Done:
+    from robustbench_lite.app import building  # torch, from here on
+    from robustbench_lite.evaluation import UnsavedError, evaluate
+
+    problem = ""
+    try:
+        report = evaluate(
+            building.model(plain),
+            building.data(plain),
+            building.build(plain["threat"], "threat"),
+            building.methods(plain, "attacks"),
+            building.methods(plain, "certifiers"),
+            store=store,
+            name=building.row_name(plain),
+            progress=sys.stderr.isatty(),
+            **{name: plain[name] for name in ("seed", "mode", "batch_size", "device", "max_queries")},
+        )
+    except UnsavedError as error:
+        report, problem = error.report, str(error)
+    receipt = None if store is None or problem else receipts.receipt_of(report, plain, store)
+    if store and receipt and key:
+        receipts.keep(store, key, receipt)
+    return Done(report, False, receipt, problem)

@@ -1,0 +1,177 @@
+"""Receipts: which stored rows answer a job, so that a finished one is served without torch, models or data.
+
+`STORE/receipts/<key>.json` names the files and rows of one evaluation. The key covers all that the answer depends on:
+the resolved configuration, this package's own sources, the weights, the data files, the versions of the libraries, and
+the code of a net, attack or certifier from outside. A receipt is believed only if every row it names is still there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from robustbench_lite.evaluation.audit import SAMPLE, audit
+from robustbench_lite.evaluation.files import put
+from robustbench_lite.evaluation.flags import Flag
+from robustbench_lite.evaluation.report import NotApplicable, Report
+from robustbench_lite.evaluation.store import Part, Store
+
+__all__ = ["Receipt", "find", "keep", "receipt_of", "report_of"]
+
+FORMAT = 1
+_METHOD = ["kind", "method", "version", "threat", "eps"]
+_MODEL = ["dataset", "fingerprint", "seed", "precision"]
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """The rows of one finished evaluation, and what no row shows.
+
+    Attributes:
+        config: of the job, resolved.
+        defense: what the table calls the model.
+        model: data set, fingerprint, seed and precision of the rows.
+        methods: one a method and threat, in the table's order: its `_METHOD` columns, the `files` that hold its rows,
+            relative to the store, and the ranges [first, last] of their `indices`.
+        threats: name and eps of each threat.
+        flags: the report's.
+        not_applicable: the report's.
+    """
+
+    config: dict[str, Any]
+    defense: str
+    model: dict[str, Any]
+    methods: list[dict[str, Any]]
+    threats: list[list[Any]]
+    flags: list[dict[str, str]]
+    not_applicable: list[dict[str, Any]]
+    format: int = FORMAT
+
+
+def receipt_of(report: Report, config: Mapping[str, Any], store: Path) -> Receipt | None:
+    """Return the receipt of a report whose rows are all in the store; None where they are not."""
+    first = report.records.iloc[0]
+    model = {name: _plain(first[name]) for name in _MODEL}
+    files = _files(store, model)
+    methods = []
+    for key, rows in report.records.groupby(_METHOD, sort=False, dropna=False):
+        named = {name: _plain(value) for name, value in zip(_METHOD, key, strict=True)}
+        methods.append(named | {"files": files.get(_key(named), []), "indices": _ranges(sorted(rows["index"]))})
+    receipt = Receipt(
+        dict(config),
+        str(first["defense"]),
+        model,
+        methods,
+        [[name, eps] for name, eps in report.threats],
+        [asdict(flag) for flag in report.flags],
+        [asdict(part) for part in report.not_applicable],
+    )
+    served = report_of(receipt, store)
+    same = served is not None and served.summary().to_csv() == report.summary().to_csv()
+    return receipt if same else None
+
+
+def report_of(receipt: Receipt, store: Path) -> Report | None:
+    """Return the report that a receipt stands for, from the rows on the disk alone; None where one is missing.
+
+    Raises:
+        NewerSchemaError: a file was written by a newer version of this package.
+    """
+    opened, frames = Store(store), []
+    for method in receipt.methods:
+        rows = _rows(opened, receipt, method)
+        if rows is None:
+            return None
+        frames.append(rows)
+    records = pd.concat(frames, ignore_index=True)
+    found = audit(records)
+    return Report(
+        records,
+        [(name, eps) for name, eps in receipt.threats],
+        [Flag(**flag) for flag in receipt.flags],
+        found.violations,
+        found.findings,
+        [NotApplicable(**part) for part in receipt.not_applicable],
+    )
+
+
+def find(store: Path, key: str) -> Receipt | None:
+    """Return the receipt of this key; None where there is none, or one that cannot be read."""
+    try:
+        content = json.loads(_path(store, key).read_text(encoding="utf-8"))
+        return Receipt(**content) if content.get("format") == FORMAT else None
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None  # the evaluation runs, and writes a sound one
+
+
+def keep(store: Path, key: str, receipt: Receipt) -> None:
+    """Write a receipt, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    put(_path(store, key), json.dumps(asdict(receipt), indent=1).encode())
+
+
+def _path(store: Path, key: str) -> Path:
+    return store / "receipts" / f"{key}.json"
+
+
+def _files(store: Path, model: dict[str, Any]) -> dict[str, list[str]]:
+    """Return the files of the store that hold rows of this model on this data, by method."""
+    opened = Store(store)
+    found: dict[str, list[str]] = {}
+    for part in opened.parts():
+        if any(part.identity[name] != value for name, value in model.items()):
+            continue
+        rows = opened.file_records(part)
+        if rows is None or len(rows) == 0:
+            continue
+        method = {name: _plain(rows.iloc[0][name]) for name in _METHOD}
+        found.setdefault(_key(method), []).append(part.path.relative_to(store).as_posix())
+    return found
+
+
+def _rows(opened: Store, receipt: Receipt, method: dict[str, Any]) -> pd.DataFrame | None:
+    """Return the rows of one method, each once and in the order of their indices; None where one is missing."""
+    frames = []
+    for name in method["files"]:
+        part = Part(opened.root / name, {}, {}, receipt.defense)
+        frame = opened.file_records(part) if part.path.exists() else None
+        if frame is None:
+            return None
+        frames.append(frame)
+    wanted = [index for low, high in method["indices"] for index in range(low, high + 1)]
+    if not frames:
+        return None
+    rows = pd.concat(frames, ignore_index=True)
+    rows = rows[rows["index"].isin(wanted)].drop_duplicates(SAMPLE).sort_values("index", ignore_index=True)
+    rows["defense"] = pd.Series([receipt.defense] * len(rows), dtype=rows["defense"].dtype)
+    return rows if list(rows["index"]) == wanted else None
+
+
+def _key(method: Mapping[str, Any]) -> str:
+    return json.dumps([method[name] for name in _METHOD])
+
+
+def _ranges(indices: list[int]) -> list[list[int]]:
+    """Return sorted indices as ranges [first, last]: thousands of samples in a line."""
+    found: list[list[int]] = []
+    for index in map(int, indices):
+        if found and index == found[-1][1] + 1:
+            found[-1][1] = index
+        else:
+            found.append([index, index])
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return None
+    return value.item() if hasattr(value, "item") else value

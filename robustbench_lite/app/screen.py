@@ -1,0 +1,37 @@
+"""What commands say on the standard output."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from robustbench_lite.app.console import console
+from robustbench_lite.report.sheet import Sheet, sheets
+from robustbench_lite.report.table import to_screen
+
+if TYPE_CHECKING:
+    from robustbench_lite.evaluation.report import Report
+
+__all__ = ["show_report", "show_sheet"]
+
+
+def show_sheet(sheet: Sheet) -> None:
+    """Print a table."""
+    screen = console()
+    screen.print(to_screen(sheet, screen.width))
+
+
+def show_report(report: Report) -> None:
+    """Print the table of a report, and why its figures may be doubted."""
+    for sheet in sheets([report.summary()]):
+        show_sheet(sheet)
+    screen = console()
+    for flag in report.flags:
+        screen.print(Text.assemble(("flag ", "yellow"), (flag.id, "bold"), f": {flag.evidence}; {flag.remedy}"))
+    for violation in report.violations:
+        screen.print(Text.assemble(("invalid ", "bold red"), (violation.id, "bold"), f": {violation.evidence}"))
+    for finding in report.findings:
+        screen.print(Text.assemble(("finding ", "dim"), (finding.id, "bold"), f": {finding.evidence}"))
+    for warning in report.warnings:
+        screen.print(Text(f"store: {warning}", style="yellow"))

@@ -1,0 +1,87 @@
+"""Sheets as files: CSV with every digit, Markdown and LaTeX as on the screen."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from robustbench_lite.report.sheet import TEXT_COLUMNS, Cell, Sheet
+
+__all__ = ["to_csv", "to_latex", "to_markdown", "write_tables"]
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+}  # fmt: skip
+
+
+def to_csv(sheet: Sheet) -> str:
+    """Return the rows of the summary with their rank: shares in [0, 1], every digit, empty where not applicable."""
+    return sheet.frame.assign(rank=sheet.frame["rank"].astype("Int64")).to_csv(index=False, lineterminator="\n")
+
+
+def to_markdown(sheet: Sheet) -> str:
+    """Return a Markdown table in per cent, with 95 % intervals in brackets."""
+    lines = [
+        _markdown_line([_markdown(header) for header in sheet.headers]),
+        _markdown_line([":--" if header in TEXT_COLUMNS else "--:" for header in sheet.headers]),
+        *(_markdown_line([_markdown(_in_line(cell)) for cell in row]) for row in sheet.rows),
+    ]
+    return f"**{_markdown(sheet.title)}**\n\n" + "\n".join(lines) + "\n"
+
+
+def to_latex(sheet: Sheet) -> str:
+    """Return a LaTeX table (booktabs) in per cent, with 95 % intervals in small print."""
+    columns = "".join("l" if header in TEXT_COLUMNS else "r" for header in sheet.headers)
+    lines = [
+        "% needs \\usepackage{booktabs}",
+        "\\begin{table}",
+        "\\centering",
+        f"\\caption{{{_latex(sheet.title)}. Accuracies in \\%, with exact 95\\,\\% intervals.}}",
+        f"\\begin{{tabular}}{{{columns}}}",
+        "\\toprule",
+        " & ".join(map(_latex, sheet.headers)) + r" \\",
+        "\\midrule",
+        *(" & ".join(map(_latex_cell, row)) + r" \\" for row in sheet.rows),
+        "\\bottomrule",
+        "\\end{tabular}",
+        "\\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write_tables(sheet: Sheet, folder: Path) -> list[Path]:
+    """Write `<slug>.csv`, `.md` and `.tex` into a folder, each whole or not at all, and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for ending, text in (("csv", to_csv(sheet)), ("md", to_markdown(sheet)), ("tex", to_latex(sheet))):
+        path = folder / f"{sheet.slug}.{ending}"
+        temporary = folder / f".{path.name}.{os.getpid()}.tmp"
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        written.append(path)
+    return written
+
+
+def _in_line(cell: Cell) -> str:
+    return f"{cell.text} [{cell.interval}]" if cell.interval else cell.text
+
+
+def _markdown_line(parts: list[str]) -> str:
+    return "| " + " | ".join(parts) + " |"
+
+
+def _markdown(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("*", "\\*").replace("_", "\\_").replace("\n", " ")
+
+
+def _latex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text.replace("\n", " "))
+
+
+def _latex_cell(cell: Cell) -> str:
+    interval = f" {{\\scriptsize [{_latex(cell.interval)}]}}" if cell.interval else ""
+    return _latex(cell.text) + interval
