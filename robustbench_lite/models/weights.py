@@ -1,0 +1,118 @@
+"""Weights on disk: safetensors, or a plain state dict that PyTorch reads without running anything from the file."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+__all__ = ["load_weights", "read_weights", "save_weights"]
+
+NESTS = ("state_dict", "model", "model_state_dict")  # keys under which checkpoints keep the state dict
+PREFIX = "module."  # what DataParallel puts before every key
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a file of weights into a model. Every key and shape must fit; if one does not, the model stays as it was.
+
+    Counters that BatchNorm keeps (`num_batches_tracked`), which older files lack, may be missing.
+
+    Args:
+        model: gets the weights, in its own precision and on its own device.
+        path: what `read_weights` reads.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read as weights, or they are not those of this model.
+    """
+    state, own = read_weights(path), model.state_dict()
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in own]
+    shapes = [
+        f"{key} is {tuple(state[key].shape)} in the file, {tuple(value.shape)} in the model"
+        for key, value in own.items()
+        if key in state and isinstance(value, Tensor) and state[key].shape != value.shape
+    ]
+    faults = [
+        f"{what}: {', '.join(items[:8])}{f' and {len(items) - 8} more' if len(items) > 8 else ''}"
+        for what, items in (("missing", missing), ("unexpected", unexpected), ("other shapes", shapes))
+        if items
+    ]
+    if faults:
+        raise ValueError(f"{path} does not fit {type(model).__name__}: {'; '.join(faults)}")
+    model.load_state_dict(state, strict=False)
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Return the state dict of a file, on the CPU.
+
+    A name that ends in .safetensors is read as such; anything else as a file of `torch.save` with a state dict in it,
+    bare or under "state_dict", "model" or "model_state_dict". A prefix "module." before all keys is taken off.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or holds something else.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"no file of weights {file}")
+    content = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+    nest = next((key for key in NESTS if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)), None)
+    state = content if nest is None else content[nest]
+    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{file} holds no state dict: {_explain()}")
+    cut = len(PREFIX) if all(key.startswith(PREFIX) for key in state) else 0
+    return {key[cut:]: value for key, value in state.items()}
+
+
+def save_weights(model: nn.Module, path: str | Path) -> Path:
+    """Write a model's state dict as safetensors, whole or not at all: to a temporary name first, then renamed.
+
+    Args:
+        model: may be on any device; tied weights are written once for each name.
+        path: must end in .safetensors; its folder is made if need be.
+
+    Raises:
+        ValueError: another ending.
+    """
+    file = Path(path).expanduser()
+    if file.suffix != ".safetensors":
+        raise ValueError(f"weights are written as safetensors: the name must end in .safetensors, got {file.name!r}")
+    state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        save_file(state, unfinished)
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return file
+
+
+def _read_safetensors(file: Path) -> Any:
+    try:
+        return load_file(file, device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no safetensors file or is damaged ({error}): {_explain()}") from error
+
+
+def _read_torch(file: Path) -> Any:
+    try:
+        return torch.load(file, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{file} cannot be loaded safely ({reason[:200]}): {_explain()}") from error
+
+
+def _explain() -> str:
+    return (
+        "weights must be safetensors or a plain state dict, written with save_weights(model, 'net.safetensors') "
+        "or torch.save(model.state_dict(), 'net.pt')"
+    )
