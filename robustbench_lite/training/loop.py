@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from robustbench_lite.core.checks import check_images, check_labels
 from robustbench_lite.core.models import frozen, predict
 from robustbench_lite.data.base import Dataset
 from robustbench_lite.defenses.base import Objective
@@ -77,8 +76,7 @@ def train(
 
     Raises:
         FloatingPointError: the loss stopped being finite.
-        TypeError: images or labels of the wrong type.
-        ValueError: a setting out of range, an empty data set, or a checkpoint of another run.
+        ValueError: a setting out of range, a model with nothing to train, or a checkpoint of another run.
     """
     place = _device(device)
     settings = Settings(
@@ -87,7 +85,6 @@ def train(
     )  # fmt: skip
     if checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be at least 1 epoch, got {checkpoint_every}")
-    _check_data(data)
     model.to(place)
     with reproducible(place, seed):
         identity = identity_of(settings, model, data, objective) if checkpoint else {}
@@ -115,20 +112,13 @@ def _device(device: str | torch.device) -> torch.device:
     return torch.device(device)
 
 
-def _check_data(data: Dataset) -> None:
-    if len(data) == 0:
-        raise ValueError(f"{data.name} {data.split} has no samples to train on")
-    check_images(data.images)
-    check_labels(data.labels, data.images, data.num_classes)
-
-
 def _news(run: Run, loss: float, validation: Dataset | None) -> str:
     news = f"epoch {run.epoch}/{run.settings.epochs}: loss {loss:.4f}"
     if validation is None:
         return news
+    hits = 0
     with frozen(run.model), torch.no_grad():
-        hits = sum(
-            int((predict(run.model, x.to(run.settings.device)).cpu() == y).sum())
-            for x, y in zip(validation.images.split(1000), validation.labels.split(1000), strict=True)
-        )
+        for rows in torch.split(torch.arange(len(validation)), 1000):
+            answers = predict(run.model, validation.images[rows].to(run.settings.device))
+            hits += int((answers.cpu() == validation.labels[rows]).sum())
     return f"{news}, clean accuracy {hits / len(validation):.4f}"

@@ -29,7 +29,7 @@ def reproducible(device: torch.device, seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if on_gpu else []):
         try:
             cudnn.deterministic, cudnn.benchmark = True, False
-            torch.random.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             if on_gpu:
                 _gpu_generator(device).manual_seed(seed)
             yield
@@ -77,7 +77,7 @@ class Run:
         self.model.train()
         losses = torch.zeros(self.steps_per_epoch, device=self.settings.device)
         look = 1 if self.settings.device.type == "cpu" else CHECK_EVERY
-        rows_of_steps = torch.randperm(len(self.data), generator=self.order).split(self.settings.batch_size)
+        rows_of_steps = torch.split(torch.randperm(len(self.data), generator=self.order), self.settings.batch_size)
         for k, rows in enumerate(rows_of_steps):
             step = Step(self.epoch * self.steps_per_epoch + k, self.total, self.epoch)
             losses[k] = self._train_step(rows, step)
@@ -156,7 +156,7 @@ class Run:
 
 
 def _gpu_generator(device: torch.device) -> torch.Generator:
-    torch.cuda.init()
+    torch.cuda.init()  # type: ignore[no-untyped-call]
     index = torch.cuda.current_device() if device.index is None else device.index
     generator: torch.Generator = torch.cuda.default_generators[index]
     return generator

@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from robustbench_lite.data.base import Dataset
-from robustbench_lite.models import create_model
+from robustbench_lite.models import create_model, load_model
 from robustbench_lite.zoo.cards import CARD, ROOT, WEIGHTS, card, entry_folder
 
 __all__ = ["load_defense", "save_entry"]
@@ -79,7 +79,7 @@ def save_entry(
         description: what defends, in a sentence.
         source: authors, year and number of the paper.
         data: the samples it was trained on.
-        model: what `create_model` rebuilds the net from: `name` and the arguments.
+        model: what rebuilds the net: `_target_` (a dotted path) or `name` (of `conf/model`), and the arguments.
         command: the exact `rbl train ...` line.
         seed: its seed.
         epochs: its passes over the data.
@@ -131,10 +131,18 @@ def _rebuild(model: Mapping[str, Any], wrapper: object, content: bytes, where: s
         weights: dict[str, Tensor] = load(content)
     except SafetensorError as error:
         raise ValueError(f"{where}: not a safetensors file ({error}); other formats are never loaded") from error
-    arguments = dict(model)
-    net = create_model(arguments.pop("name"), **arguments)
+    net = _build(model)
     try:
         net.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"{where}: the model {dict(model)} does not fit the weights: {error}") from error
     return net.eval()
+
+
+def _build(model: Mapping[str, Any]) -> nn.Module:
+    arguments = dict(model)
+    if "_target_" in arguments:
+        return load_model(arguments.pop("_target_"), **arguments)
+    if "name" in arguments:
+        return create_model(arguments.pop("name"), **arguments)
+    raise ValueError(f"a model's config needs _target_ (a dotted path) or name, got {arguments}")

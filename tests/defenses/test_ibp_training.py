@@ -34,7 +34,7 @@ def streams() -> Streams:
 
 
 def upper_margins(model: nn.Module, x: np.ndarray, y: int, eps: float) -> np.ndarray:
-    """Upper bounds of z_j - z_y, j != y, from one sample's pixels by loops over neurons: nothing shared with the package."""
+    """Upper bounds of z_j - z_y, j != y, from one sample's pixels by loops over neurons, sharing nothing."""
     w1, b1, w2, b2 = (p.detach().double().numpy() for p in model.parameters())
     low, high = np.maximum(x - eps, 0), np.minimum(x + eps, 1)
     hidden = []

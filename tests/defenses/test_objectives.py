@@ -52,9 +52,9 @@ def loss_of(
 
 
 def test_its_loss_at_the_end_of_the_schedule_falls(objective: Objective, data: Dataset) -> None:
-    before = float(loss_of(objective, net(), data))
+    before = float(loss_of(objective, net(), data).detach())
     trained = train(net(), data, objective, epochs=20, batch_size=50, learning_rate=5e-3)
-    assert float(loss_of(objective, trained, data)) < before - 0.1
+    assert float(loss_of(objective, trained, data).detach()) < before - 0.1
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.1, 0.5, 0.99])

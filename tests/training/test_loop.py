@@ -189,8 +189,6 @@ def test_bad_arguments_say_what_to_do() -> None:
             train(net(), data, StandardTraining(), **({"epochs": 1} | wrong))
     with pytest.raises(ValueError, match="nothing to train"):
         train(net().requires_grad_(False), data, StandardTraining(), epochs=1)
-    with pytest.raises(ValueError, match="no samples"):
-        train(net(), data.take(torch.arange(0)), StandardTraining(), epochs=1)
 
 
 def test_no_epochs_only_set_up_and_finish() -> None:

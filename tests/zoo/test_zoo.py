@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 
 from robustbench_lite.data.base import Dataset
-from robustbench_lite.models import create_model
+from robustbench_lite.models import MLP, create_model
 from robustbench_lite.zoo import card, load_defense, names, save_entry
 
 MODEL = {"name": "mlp", "in_channels": 1, "image_size": 8, "num_classes": 10}
@@ -59,6 +59,16 @@ def test_a_saved_defense_comes_back_exactly(tmp_path: Path) -> None:
     assert torch.equal(loaded(x), original.eval()(x))
     assert not any(part.training for part in loaded.modules())
     assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_a_model_is_named_by_its_class_as_well(tmp_path: Path) -> None:
+    target = {"_target_": "robustbench_lite.models.MLP", "in_channels": 1, "image_size": 8, "hidden": [5]}
+    original = MLP(hidden=[5], image_size=8)
+    save(tmp_path, defense=original, model=target)
+    x = data().images
+    assert torch.equal(load_defense("digits/standard", root=tmp_path)(x), original(x))
+    with pytest.raises(ValueError, match="needs _target_"):
+        save(tmp_path, defense=original, model={"hidden": [5]})
 
 
 def test_the_card_says_how_the_entry_came_about(tmp_path: Path) -> None:
@@ -148,7 +158,8 @@ def test_what_cannot_be_loaded_again_is_not_written(tmp_path: Path) -> None:
 
 
 def test_listing_the_zoo_does_not_import_torch() -> None:
-    code = "import sys; from robustbench_lite.zoo import card, names; [card(n) for n in names()]; assert 'torch' not in sys.modules"
+    code = "import sys; from robustbench_lite.zoo import card, names; [card(n) for n in names()]; "
+    code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], env=dict(os.environ), check=True)
 
 
