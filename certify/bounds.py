@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from robustbench_lite.certify.graph import graph_of
 from robustbench_lite.certify.inputs import input_set
+from robustbench_lite.certify.precision import full_precision
 from robustbench_lite.certify.propagate import propagate
 from robustbench_lite.core.errors import lookup
 
@@ -51,6 +51,7 @@ def bounds(
         ValueError: an unknown method, unsupported operator or threat, wrong shapes, lower > upper, NaN in the box or in
             the model's parameters, or `return_linear` with a method that has no coefficients.
 
+    >>> import torch
     >>> from robustbench_lite.core.threats import Lp
     >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     >>> image = torch.full((1, 1, 2, 2), 0.5)
@@ -80,7 +81,7 @@ def unchecked_bounds(
     graph = graph_of(model, box.lower)
     if C is not None:
         C = _specification(C, graph.num_classes, box.lower)
-    with torch.autocast(box.lower.device.type, enabled=False):
+    with full_precision(box.lower.device):
         return walk(graph, model, box, C)
 
 

@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from robustbench_lite.certify.lowering import Trace
+from robustbench_lite.certify.traces import Trace
 
 __all__: list[str] = []
 

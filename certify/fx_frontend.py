@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, fx, nn
 
-from robustbench_lite.certify.lowering import Trace
+from robustbench_lite.certify.traces import Trace
 
 __all__: list[str] = []
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,11 @@ from robustbench_lite.certify import export_frontend, fx_frontend
 from robustbench_lite.certify.errors import UnsupportedOperator
 from robustbench_lite.certify.intervals import Interval
 from robustbench_lite.certify.ir import Graph
-from robustbench_lite.certify.lowering import Trace, lower
+from robustbench_lite.certify.lowering import lower
 from robustbench_lite.certify.operators import registry
+from robustbench_lite.certify.precision import full_precision
 from robustbench_lite.certify.propagate import propagate
+from robustbench_lite.certify.traces import Trace
 
 __all__ = ["graph_of"]
 
@@ -24,16 +27,23 @@ __all__ = ["graph_of"]
 @dataclass(frozen=True)
 class _Kept:
     graphs: dict[tuple[int, ...], Graph]
-    modules: tuple[tuple[str, weakref.ref[nn.Module]], ...]
+    modules: tuple[tuple[weakref.ref[nn.Module], str, dict[str, Any]], ...]
 
     def fits(self, model: nn.Module) -> bool:
         now = list(model.named_modules())
         return len(now) == len(self.modules) and all(
-            name == kept and module is reference()
-            for (name, module), (kept, reference) in zip(now, self.modules, strict=True)
+            reference() is module and kept == name and attributes == _attributes(module)
+            for (name, module), (reference, kept, attributes) in zip(now, self.modules, strict=True)
         )
 
 
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Return what a trace may have read of a module besides its tensors: plain attributes, and how many hooks."""
+    plain = {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN) and name != "training"}
+    return plain | {"_hooks": (len(module._forward_hooks), len(module._forward_pre_hooks))}
+
+
+_PLAIN = (bool, int, float, str, tuple, type(None))
 _KEPT: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
 
 
@@ -41,8 +51,8 @@ def graph_of(model: nn.Module, x: Tensor) -> Graph:
     """Return the graph of a model's forward in eval mode, for images of the shape of `x`.
 
     Traced by torch.fx, else by torch.export, and compared with the model on two inputs: a graph that computes something
-    else is refused. Kept for each model and image shape until a submodule is exchanged; parameters are not kept, they
-    are read at each evaluation. (Changing a layer's attributes, such as a stride, in place goes unnoticed.)
+    else is refused. Kept for each model and image shape until a submodule is exchanged or one of its plain attributes
+    (a stride, a flag) changes; parameters are not kept, they are read at each evaluation.
 
     Args:
         model: an nn.Module from images (B, C, H, W) to logits (B, K).
@@ -57,18 +67,21 @@ def graph_of(model: nn.Module, x: Tensor) -> Graph:
         raise TypeError(f"bounds need an nn.Module, whose layers can be read; got {type(model).__name__}")
     kept = _KEPT.get(model)
     if kept is None or not kept.fits(model):
-        modules = tuple((name, weakref.ref(module)) for name, module in model.named_modules())
+        modules = tuple((weakref.ref(m), name, _attributes(m)) for name, m in model.named_modules())
         kept = _KEPT[model] = _Kept({}, modules)
     shape = tuple(x.shape[1:])
-    if shape not in kept.graphs:
-        kept.graphs[shape] = trace(model, x)
-    return kept.graphs[shape]
+    if shape in kept.graphs:
+        return kept.graphs[shape]
+    graph = trace(model, x)
+    if graph.checked:
+        kept.graphs[shape] = graph
+    return graph
 
 
 def trace(model: nn.Module, x: Tensor, front_ends: tuple[str, ...] = ("fx", "export")) -> Graph:
     """Trace a model anew; see `graph_of`. Its modes are as before afterwards."""
     errors: list[UnsupportedOperator] = []
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), _evaluating(model), full_precision(x.device):
         two, three = _examples(model, x)
         expected = model(two.clone())
         if not isinstance(expected, Tensor) or expected.ndim != 2 or len(expected) != 2:
@@ -77,11 +90,9 @@ def trace(model: nn.Module, x: Tensor, front_ends: tuple[str, ...] = ("fx", "exp
         for front_end in front_ends:
             try:
                 graph = lower(model, _FRONT_ENDS[front_end](model, two), (two.clone(), three.clone()))
-                _check(graph, model, two, expected)
+                return replace(graph, checked=_check(graph, model, two, expected))
             except UnsupportedOperator as error:
                 errors.append(error)
-            else:
-                return graph
     raise next((error for error in errors if not isinstance(error, _Untraceable)), errors[0])
 
 
@@ -133,17 +144,18 @@ def _examples(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return three[:2].clone(), three
 
 
-def _check(graph: Graph, model: nn.Module, x: Tensor, expected: Tensor) -> None:
-    """Refuse a graph that does not compute what the model computes."""
+def _check(graph: Graph, model: nn.Module, x: Tensor, expected: Tensor) -> bool:
+    """Refuse a graph that does not compute what the model computes; say whether finite logits could tell."""
     point = propagate(graph, model, Interval(x, x))
     if not (expected.isfinite().all() and point.lower.isfinite().all()):
-        return  # the caller meets the NaN itself, and can say more
+        return False  # the caller meets the NaN itself, and can say more
     gap = float(torch.maximum((point.lower - expected).abs(), (point.upper - expected).abs()).max())
     if gap > 1e-3 * max(1.0, float(expected.abs().max())):
         raise UnsupportedOperator(
             f"the trace of {type(model).__name__} computes something else than the model (they differ by {gap:.3g} on "
             "one input): its forward is stochastic, keeps a state, or changes tensors in place behind a view"
         )
+    return True
 
 
 @contextmanager

@@ -63,11 +63,13 @@ class Graph:
         nodes: in the order of evaluation; the first is the input.
         output: position of the logits.
         constants: tensors that the trace made itself, by name.
+        checked: whether it was seen to compute what the model computes; not where that gave no finite logits.
     """
 
     nodes: tuple[Node, ...]
     output: int
     constants: Mapping[str, Tensor] = field(default_factory=dict)
+    checked: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -94,8 +96,4 @@ class Graph:
             return torch.tensor(node.attributes["value"], dtype=like.dtype, device=like.device)
         else:
             value = node.attributes["call"](*operands)
-        return value.to(device=like.device if value.ndim == 0 else None, dtype=_dtype(value, like))
-
-
-def _dtype(value: Tensor, like: Tensor) -> torch.dtype:
-    return like.dtype if value.is_floating_point() else value.dtype
+        return value.to(device=like.device, dtype=like.dtype if value.is_floating_point() else value.dtype)

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-import re
-from dataclasses import dataclass
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -19,57 +16,24 @@ from torch import Tensor, fx, nn
 from robustbench_lite.certify.errors import UnsupportedOperator
 from robustbench_lite.certify.ir import Graph, Node, Source
 from robustbench_lite.certify.operators.registry import FUNCTIONS, LAYERS, METHODS, supported
+from robustbench_lite.certify.traces import (
+    BATCH_DEPENDENT,
+    Seen,
+    Trace,
+    alias,
+    holds,
+    invoke,
+    is_tensor,
+    name_of,
+    reads_tensor,
+    run,
+    source_of,
+)
 
-__all__ = ["Trace", "lower"]
+__all__: list[str] = []
 
-QUERIES = {
-    "size",
-    "dim",
-    "numel",
-    "ndimension",
-    "getattr",
-    "len",
-    "sym_size",
-    "sym_numel",
-    "is_floating_point",
-    "get_device",
-}
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What a front end found: a graph, the module its names refer to, and the tensors it made itself."""
-
-    graph: fx.Graph
-    owner: nn.Module
-    constants: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Seen:
-    """The result of one call: its values on the two batches, and its node where it is a tensor."""
-
-    values: tuple[Any, Any]
-    node: Node | None = None
-    parts: tuple[Seen, ...] = ()
-
-    @property
-    def operand(self) -> Any:
-        """What a lowering gets to see: a node, a static value, or a mark that the batch size is in it."""
-        if self.node is not None:
-            return self.node
-        return self.values[0] if _same(*self.values) else BATCH_DEPENDENT
-
-
-class _BatchDependent:
-    """Stands for a number that changes with the batch size."""
-
-
-BATCH_DEPENDENT = _BatchDependent()
-
-
-def _same(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is type(b) and bool(a == b))
+QUERIES = {"size", "dim", "numel", "ndimension", "getattr", "len", "sym_size", "sym_numel", "get_device"}
+QUERIES |= {"is_floating_point"}  # calls on a tensor that do not read its values
 
 
 def lower(model: nn.Module, trace: Trace, batches: tuple[Tensor, Tensor]) -> Graph:
@@ -131,7 +95,7 @@ class _Walker:
         env: dict[fx.Node, Seen] = {}
         left = {node: len(node.users) for node in graph.nodes}
         for node in graph.nodes:
-            self.source = _source(node)
+            self.source = source_of(node)
             if node.op == "placeholder":
                 env[node] = self._placeholder(node, arguments)
             elif node.op == "get_attr":
@@ -140,7 +104,7 @@ class _Walker:
                 return self._output(node, env)
             else:
                 env[node] = seen = self._call(node, env, owner)
-                _alias(env, seen)
+                alias(env, seen)
             for used in node.all_input_nodes:
                 left[used] -= 1
                 if left[used] == 0:
@@ -169,7 +133,7 @@ class _Walker:
 
     def _named(self, name: str, value: Tensor) -> Node:
         if name not in self.named:
-            if not _is_tensor(self.model, name) or name in self.trace.constants:
+            if not is_tensor(self.model, name) or name in self.trace.constants:
                 self.constants[name] = value.detach()
             self.named[name] = self.apply("parameter", name=name, shape=tuple(value.shape))
         return self.named[name]
@@ -183,16 +147,16 @@ class _Walker:
 
     def _call(self, node: fx.Node, env: dict[fx.Node, Seen], owner: nn.Module) -> Seen:
         reads = [env[used] for used in node.all_input_nodes]
-        name = _name(node.target)
+        name = name_of(node.target)
         if name == "wrap_with_set_grad_enabled":
             inner = env[node.args[1]].values[0]  # type: ignore[index]
             return self.walk(inner.graph, inner, [env[used] for used in node.args[2:]])  # type: ignore[index]
         if node.target is operator.getitem and reads[0].parts:
             return reads[0].parts[node.args[1]]  # type: ignore[index]
-        values = (_run(node, env, owner, 0), _run(node, env, owner, 1))
+        values = (run(node, env, owner, 0), run(node, env, owner, 1))
         varies = any(seen.node is not None and seen.node.varies for seen in reads)
         if not isinstance(values[0], Tensor):
-            if varies and values[0] is not None and name not in QUERIES and _reads_tensor(reads):
+            if varies and values[0] is not None and name not in QUERIES and reads_tensor(reads):
                 raise self.refuse(f"{name} is not supported: there is no rule for it")
             return Seen(values)
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda used: env[used].operand)
@@ -202,8 +166,8 @@ class _Walker:
 
     def _fixed(self, node: fx.Node, env: dict[fx.Node, Seen], values: Any, args: Any, kwargs: Any) -> Node:
         """Add a call that depends on parameters and constants alone; it runs again at each evaluation."""
-        if values[0].shape != values[1].shape or _holds(BATCH_DEPENDENT, (args, kwargs)):
-            raise self.refuse(f"{_name(node.target)} makes a tensor that depends on the batch size")
+        if values[0].shape != values[1].shape or holds(BATCH_DEPENDENT, (args, kwargs)):
+            raise self.refuse(f"{name_of(node.target)} makes a tensor that depends on the batch size")
         if node.op == "call_module":
             raise self.refuse("a layer applied to a tensor that does not depend on the input")
         operands = [used for used in node.all_input_nodes if env[used].node is not None]
@@ -212,7 +176,7 @@ class _Walker:
         def call(*tensors: Tensor) -> Tensor:
             given = static | dict(zip(operands, tensors, strict=True))
             inputs, named = fx.map_arg((node.args, node.kwargs), given.__getitem__)
-            result: Tensor = _invoke(node, inputs, named)
+            result: Tensor = invoke(node, inputs, named)
             return result
 
         shape = tuple(values[0].shape)
@@ -223,7 +187,7 @@ class _Walker:
         shapes = tuple(values[0].shape), tuple(values[1].shape)
         sizes = tuple(len(batch) for batch in self.batches)
         if not values[0].ndim or (shapes[0][0], shapes[1][0]) != sizes or shapes[0][1:] != shapes[1][1:]:
-            raise self.refuse(f"{_name(node.target)} mixes the batch with other dimensions: {shapes[0]}")
+            raise self.refuse(f"{name_of(node.target)} mixes the batch with other dimensions: {shapes[0]}")
         self.shape = shapes[0][1:]
         if node.op == "call_module":
             self.layer = str(node.target)
@@ -233,13 +197,13 @@ class _Walker:
             table: Any = FUNCTIONS if node.op == "call_function" else METHODS
             lowering = table.get(node.target)
         if lowering is None:
-            raise self.refuse(f"{_name(node.target)} is not supported: there is no rule for it")
-        if _holds(BATCH_DEPENDENT, (args, kwargs)) and lowering is not METHODS["view"]:
-            raise self.refuse(f"{_name(node.target)} with an argument that depends on the batch size")
+            raise self.refuse(f"{name_of(node.target)} is not supported: there is no rule for it")
+        if holds(BATCH_DEPENDENT, (args, kwargs)) and lowering is not METHODS["view"]:
+            raise self.refuse(f"{name_of(node.target)} with an argument that depends on the batch size")
         try:
             inspect.signature(lowering).bind(self, *args, **kwargs)
         except TypeError as error:
-            raise self.refuse(f"{_name(node.target)} is not supported in this form ({error})") from None
+            raise self.refuse(f"{name_of(node.target)} is not supported in this form ({error})") from None
         result: Node = lowering(self, *args, **kwargs)
         return result
 
@@ -250,58 +214,3 @@ class _Walker:
             if cls in LAYERS and type(module).forward is cls.forward:
                 return LAYERS[cls]
         raise self.refuse(f"{type(module).__name__} is not supported: there is no rule for it")
-
-
-def _invoke(node: fx.Node, args: Any, kwargs: Any, owner: nn.Module | None = None) -> Any:
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    if node.op == "call_module" and owner is not None:
-        return owner.get_submodule(str(node.target))(*args, **kwargs)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _run(node: fx.Node, env: dict[fx.Node, Seen], owner: nn.Module, batch: int) -> Any:
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda used: env[used].values[batch])
-    return _invoke(node, args, kwargs, owner)
-
-
-def _alias(env: dict[fx.Node, Seen], seen: Seen) -> None:
-    """Let every name of a tensor that was changed in place mean its new value."""
-    if isinstance(seen.values[0], Tensor):
-        for other, before in env.items():
-            if before.values[0] is seen.values[0]:
-                env[other] = seen
-
-
-def _name(target: Any) -> str:
-    return target if isinstance(target, str) else str(getattr(target, "__name__", target)).removesuffix(".int")
-
-
-def _reads_tensor(reads: list[Seen]) -> bool:
-    return any(isinstance(seen.values[0], Tensor) for seen in reads)
-
-
-def _holds(mark: object, arguments: Any) -> bool:
-    if isinstance(arguments, (tuple, list)):
-        return any(_holds(mark, part) for part in arguments)
-    if isinstance(arguments, dict):
-        return any(_holds(mark, part) for part in arguments.values())
-    return arguments is mark
-
-
-def _is_tensor(model: nn.Module, name: str) -> bool:
-    try:
-        return isinstance(attrgetter(name)(model), Tensor)
-    except AttributeError:
-        return False
-
-
-def _source(node: fx.Node) -> Source:
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path, cls = stack[-1] if stack else ("", "")
-    path = re.sub(r"^(L\['self'\]\.?|L__self__\.?)", "", str(path))
-    cls = cls.__name__ if isinstance(cls, type) else str(cls).rsplit(".", 1)[-1]
-    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or node.stack_trace or "")
-    own = [(file, line) for file, line in frames if "/torch/" not in file]
-    line = f"{Path(own[-1][0]).name}:{own[-1][1]}" if own else ""
-    return Source(node.name, f"{path!r} ({cls})" if path else "", line)

@@ -63,8 +63,9 @@ class MarginCertifier(Certifier):
             prediction, bounded = _predictions(model, x)
             margins = self._margins(model, x, threat, bounded, num_classes)
             verified = (margins > self.tolerance).all(dim=1) & (bounded == prediction)
-            wrong = bounded != y
-            margins[wrong] = self._margins(model, x[wrong], threat.take(wrong), y[wrong], num_classes)
+            wrong = (bounded != y).nonzero().flatten()
+            if len(wrong):
+                margins[wrong] = self._margins(model, x[wrong], threat.take(wrong), y[wrong], num_classes)
         return self._certificate(verified, prediction, y, threat, margins)
 
     def _margins(self, model: nn.Module, x: Tensor, threat: Lp, label: Tensor, num_classes: int) -> Tensor:
@@ -97,8 +98,8 @@ class MarginCertifier(Certifier):
 def _predictions(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the deployed model's labels, and those of the forward that bounds are about."""
     try:
-        prediction = predict(model, x)
-        forward = labels_of(model(x)) if callable(getattr(model, "predict", None)) else prediction
+        forward = labels_of(model(x))
+        prediction = predict(model, x) if callable(getattr(model, "predict", None)) else forward
     except RuntimeError as error:
         reason = explain_mismatch(model, x)
         if reason is None:

@@ -107,16 +107,12 @@ def _l2_gain(ball: Ball, weight: Tensor, node: Node) -> Tensor:
 
 
 def _l1_gain(ball: Ball, weight: Tensor, node: Node) -> Tensor:
-    """Return the largest |weight * scale| over the taps that fall on the image, (1, O, H', W').
-
-    Scale counts by its largest value in a channel, which is exact for normalisation.
-    """
+    """Return the largest |weight * scale| over the taps of each output position, (1, O, H', W')."""
     groups = node.attributes["groups"]
-    outputs, inputs, *kernel = weight.shape
-    scale = ball.scale.abs().amax(dim=(2, 3)).reshape(groups, 1, inputs, 1, 1)
-    taps = (weight.reshape(groups, outputs // groups, inputs, *kernel).abs() * scale).amax(dim=2).reshape(outputs, -1)
-    height, width = ball.centre.shape[2:]
     window = {name: node.attributes[name] for name in ("stride", "padding", "dilation")}
-    on_image = F.unfold(torch.ones_like(weight[:1, :1, :1, :1]).expand(1, 1, height, width), tuple(kernel), **window)
-    gain = torch.stack([(tap.unsqueeze(1) * on_image[0]).amax(dim=0) for tap in taps])
-    return gain.reshape(1, outputs, *node.shape[1:])
+    taps = F.unfold(ball.scale.abs(), weight.shape[-2:], **window)  # (1, I * kh * kw, positions), 0 on the padding
+    blocks = taps.reshape(groups, -1, taps.shape[-1])
+    rows = weight.abs().reshape(groups, len(weight) // groups, -1, 1)
+    # One output channel at a time: all at once would hold outputs x taps x positions numbers.
+    gains = [(row * block).amax(dim=0) for block, own in zip(blocks, rows, strict=True) for row in own]
+    return torch.stack(gains).reshape(1, len(weight), *node.shape[1:])
