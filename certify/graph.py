@@ -32,18 +32,22 @@ class _Kept:
     def fits(self, model: nn.Module) -> bool:
         now = list(model.named_modules())
         return len(now) == len(self.modules) and all(
-            reference() is module and kept == name and attributes == _attributes(module)
+            kept == name and attributes == _attributes(module) and reference() is module
             for (name, module), (reference, kept, attributes) in zip(now, self.modules, strict=True)
         )
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """Return what a trace may have read of a module besides its tensors: plain attributes, and how many hooks."""
-    plain = {name: value for name, value in vars(module).items() if isinstance(value, _PLAIN) and name != "training"}
+    plain = {name: value for name, value in vars(module).items() if _is_plain(value) and name != "training"}
     return plain | {"_hooks": (len(module._forward_hooks), len(module._forward_pre_hooks))}
 
 
-_PLAIN = (bool, int, float, str, tuple, type(None))
+def _is_plain(value: object) -> bool:
+    scalar = (bool, int, float, str, type(None))
+    return isinstance(value, scalar) or (isinstance(value, tuple) and all(isinstance(part, scalar) for part in value))
+
+
 _KEPT: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
 
 
