@@ -1,0 +1,360 @@
+"""What evaluate promises: the same rows however the work is cut, modes, refusals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import evaluation_fakes as fakes
+import numpy as np
+import pytest
+import torch
+from evaluation_fakes import Exact, Linear, Shift, exact_radius, linear_data, two_blocks
+from torch import Tensor, nn
+
+from robustbench_lite.attacks import PGD, RandomNoise
+from robustbench_lite.attacks.base import Attack
+from robustbench_lite.core.models import ABSTAIN
+from robustbench_lite.core.spatial import RotationTranslation
+from robustbench_lite.core.threats import Lp
+from robustbench_lite.data.base import Dataset
+from robustbench_lite.evaluation import EvaluationError, Report, evaluate
+
+THREAT = Lp("linf", 0.05)
+METHODS: dict[str, Any] = {"attacks": [Shift(0.5), Shift()], "certifiers": [Exact()]}
+EXACT_COLUMNS = ["kind", "method", "index", "sample_hash", "prediction", "correct", "success", "certified", "status"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_calls() -> None:
+    fakes.CALLS.clear()
+
+
+def same_rows(one: Report, two: Report) -> None:
+    a, b = (r.records.sort_values(["kind", "method", "index"], ignore_index=True) for r in (one, two))
+    assert a[EXACT_COLUMNS].equals(b[EXACT_COLUMNS])
+    for column in ("distance", "radius", "margin"):
+        np.testing.assert_allclose(a[column], b[column], atol=1e-5)
+
+
+def test_figures_are_those_of_the_exact_answer() -> None:
+    data = two_blocks(80)
+    row = evaluate(Linear(), data, THREAT, **METHODS).summary().iloc[0]
+    right = (data.images.flatten(1).sum(dim=1) < 8).long() == data.labels
+    room = exact_radius(data.images)
+    assert row["n"] == 80
+    assert row["clean"] == right.double().mean().item()
+    assert row["worst_case"] == row["Shift"]
+    assert row["certified"] == row["Exact"] == (right & (room > 0.05)).double().mean().item()
+    assert row["certified"] <= row["worst_case"] <= row["Shift(reach=0.5)"] <= row["clean"]
+    assert row["gap"] == row["worst_case"] - row["certified"]
+    assert row["mode"] == "full"
+    assert row["verdict"] == "doubtful"
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_batch_size_changes_nothing(batch_size: int) -> None:
+    methods: dict[str, Any] = {"attacks": [PGD(steps=3), RandomNoise(draws=4), Shift()], "certifiers": [Exact()]}
+    data = two_blocks(24)
+    same_rows(
+        evaluate(Linear(), data, THREAT, **methods), evaluate(Linear(), data, THREAT, batch_size=batch_size, **methods)
+    )
+
+
+def test_neither_order_nor_company_changes_a_row() -> None:
+    data = two_blocks(24)
+    whole = evaluate(Linear(), data, THREAT, attacks=[PGD(steps=3), RandomNoise(draws=4)])
+    shuffled = evaluate(Linear(), data.take(torch.randperm(24)), THREAT, attacks=[RandomNoise(draws=4), PGD(steps=3)])
+    same_rows(whole, shuffled)
+    part = evaluate(Linear(), data.take(torch.tensor([3, 15, 7])), THREAT, attacks=[PGD(steps=3), RandomNoise(draws=4)])
+    keep = whole.records["index"].isin(part.records["index"])
+    np.testing.assert_allclose(part.records["margin"], whole.records.loc[keep, "margin"], atol=1e-5)
+
+
+def test_the_seed_matters_and_suffices() -> None:
+    data, attacks = linear_data(30), [RandomNoise(draws=2)]
+    one, again, other = (evaluate(Linear(), data, THREAT, attacks, seed=seed).records for seed in (1, 1, 2))
+    assert one.drop(columns="seconds").equals(again.drop(columns="seconds"))
+    assert not one["margin"].equals(other["margin"])
+
+
+def test_a_cascade_attacks_what_stands_and_agrees_with_full() -> None:
+    data = two_blocks(80)
+    full = evaluate(Linear(), data, THREAT, **METHODS)
+    fakes.CALLS.clear()
+    cascade = evaluate(Linear(), data, THREAT, mode="cascade", **METHODS)
+    rows = full.records
+    clean = set(rows.loc[(rows["kind"] == "clean") & rows["correct"], "index"])
+    fell = set(rows.loc[(rows["method"] == "Shift(reach=0.5)") & rows["success"].fillna(False), "index"])
+    assert {i for call in fakes.CALLS["Shift 0.5"] for i in call} == clean
+    assert {i for call in fakes.CALLS["Shift 1"] for i in call} == clean - fell
+    one, two = full.summary().iloc[0], cascade.summary().iloc[0]
+    for name in ("n", "clean", "Shift(reach=0.5)", "worst_case", "worst_case_low", "certified", "gap"):
+        assert one[name] == two[name], name
+    assert two["mode"] == "cascade"
+    assert np.isnan(two["Shift"])  # it has not seen what the first attack broke
+    assert two["incomplete"] == 0
+
+
+def test_a_later_certifier_sees_what_is_correct_and_open() -> None:
+    weak, strong = Exact(0.5), Exact(1.0)
+    report = evaluate(Linear(), two_blocks(80), THREAT, certifiers=[weak, strong], mode="cascade")
+    rows = report.records
+    right = set(rows.loc[(rows["kind"] == "clean") & rows["correct"], "index"])
+    proven = set(rows.loc[(rows["method"] == "Exact(factor=0.5)") & rows["certified"].fillna(False), "index"])
+    assert {i for call in fakes.CALLS["Exact 0.5"] for i in call} == set(rows["index"])
+    assert {i for call in fakes.CALLS["Exact 1"] for i in call} == right - proven
+    both = evaluate(Linear(), two_blocks(80), THREAT, certifiers=[weak, strong]).summary()["certified"]
+    assert report.summary()["certified"].equals(both)
+
+
+def test_full_after_a_cascade_computes_the_missing_rows_alone(tmp_path: Path) -> None:
+    data = two_blocks(80)
+    cascade = evaluate(Linear(), data, THREAT, mode="cascade", store=tmp_path, **METHODS)
+    seen = {name: fakes.count(name) for name in ("Shift 0.5", "Shift 1", "Exact 1")}
+    fakes.CALLS.clear()
+    full = evaluate(Linear(), data, THREAT, store=tmp_path, **METHODS)
+    wrong = int((~cascade.records.loc[cascade.records["kind"] == "clean", "correct"]).sum())
+    assert fakes.count("Shift 0.5") == 80 - seen["Shift 0.5"] - wrong == 0
+    assert fakes.count("Shift 1") == 80 - seen["Shift 1"]
+    assert fakes.count("Exact 1") == 0
+    scratch = evaluate(Linear(), data, THREAT, **METHODS)
+    same_rows(full, scratch)
+    assert full.records["forwards"].equals(scratch.records["forwards"])
+    assert full.summary().equals(scratch.summary())
+    fakes.CALLS.clear()
+    again = evaluate(Linear(), data, THREAT, mode="cascade", store=tmp_path, **METHODS)
+    assert not fakes.CALLS
+    assert again.summary().equals(cascade.summary())
+
+
+def test_another_slice_or_attack_computes_the_difference(tmp_path: Path) -> None:
+    data = two_blocks(40)
+    evaluate(Linear(), data.head(10), THREAT, [Shift()], store=tmp_path)
+    evaluate(Linear(), data, THREAT, [Shift(), Shift(0.5)], store=tmp_path)
+    assert fakes.count("Shift 1") == 40
+    assert fakes.count("Shift 0.5") == 40
+
+
+def test_what_changes_the_answer_is_another_row(tmp_path: Path) -> None:
+    data, attack = two_blocks(10), [Shift()]
+    changes: list[dict[str, Any]] = [{}, {"seed": 1}, {"max_queries": 5}, {"precision": "float64"}]
+    for change in changes:
+        evaluate(Linear(), data, THREAT, attack, store=tmp_path, **change)
+    evaluate(Linear(), data, Lp("linf", 0.06), attack, store=tmp_path)
+    evaluate(Linear(7.0), data, THREAT, attack, store=tmp_path)
+    other = Dataset(data.name, data.split, data.images, 1 - data.labels, data.indices, 2)
+    evaluate(Linear(), other, THREAT, attack, store=tmp_path)
+    assert fakes.count("Shift 1") == 10 * 7
+    evaluate(Linear(), data, THREAT, attack, store=tmp_path, name="another name")
+    assert fakes.count("Shift 1") == 10 * 7
+
+
+def test_a_failing_attack_is_named_and_finished_blocks_are_kept(tmp_path: Path) -> None:
+    data = two_blocks(40)
+    with pytest.raises(EvaluationError, match=r"Linear: Shift.* failed on block 1 .*RuntimeError: a bad day"):
+        evaluate(Linear(), data, THREAT, [Shift(fail_from=500)], store=tmp_path)
+    fakes.CALLS.clear()
+    with pytest.raises(EvaluationError):
+        evaluate(Linear(), data, THREAT, [Shift(fail_from=500)], store=tmp_path)
+    assert {i for call in fakes.CALLS["Shift 1"] for i in call} == set(range(520, 540))
+
+
+def test_threats_are_judged_alone() -> None:
+    data, small, large = two_blocks(40), Lp("linf", 0.02), Lp("linf", 0.08)
+    both = evaluate(Linear(), data, [small, large], **METHODS).summary()
+    assert list(both["eps"]) == [0.02, 0.08]
+    for place, threat in enumerate((small, large)):
+        alone = evaluate(Linear(), data, threat, **METHODS).summary().iloc[0]
+        assert both.iloc[place].equals(alone.rename(place))
+
+
+def test_what_does_not_apply_is_na() -> None:
+    report = evaluate(Linear(), two_blocks(20), RotationTranslation(5, 1), [Shift(), RandomNoise(draws=2)], [Exact()])
+    row = report.summary().iloc[0]
+    assert {(n.kind, n.method) for n in report.not_applicable} == {("attack", "Shift"), ("certifier", "Exact")}
+    assert np.isnan(row["Shift"])
+    assert np.isnan(row["Exact"])
+    assert np.isnan(row["certified"])
+    assert np.isnan(row["gap"])
+    assert row["RandomNoise(draws=2)"] == row["worst_case"]
+    only = evaluate(Linear(), two_blocks(20), RotationTranslation(5, 1), [Shift()]).summary().iloc[0]
+    assert only["threat"].startswith("rotation")
+    assert np.isnan(only["worst_case"])
+
+
+class Noisy(nn.Module):
+    stochastic = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Linear()(x) + torch.randn(len(x), 2)
+
+
+class Hidden(nn.Module):
+    """A wrapper whose gradient is masked; its view shows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net((x * 4096).round() / 4096)
+
+    def attack_view(self, samples: int) -> nn.Module:
+        return self.net
+
+
+class NaNs(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        logits = Linear()(x)
+        return torch.where(x[:, 0, 0, :1] > 0.8, torch.nan, logits)
+
+
+class Picky(nn.Module):
+    """A detector: refuses images whose first pixel is bright."""
+
+    rejects = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Linear()(x)
+
+    def predict(self, x: Tensor) -> Tensor:
+        return torch.where(x[:, 0, 0, 0] > 0.8, ABSTAIN, self(x).argmax(dim=1))
+
+
+def test_a_defense_is_attacked_through_its_view() -> None:
+    data = two_blocks(40)
+    seen = evaluate(Hidden(), data, THREAT, [PGD(steps=5)])
+    assert seen.summary()["PGD(steps=5)"].item() < seen.summary()["clean"].item()
+    assert not seen.flags
+
+    class Bare(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Hidden()(x)
+
+    bare = evaluate(Bare(), data, THREAT, [PGD(steps=5, random_start=False)])
+    assert bare.summary()["worst_case"].item() == bare.summary()["clean"].item()
+    assert [flag.id for flag in bare.flags] == ["zero_gradients"]
+    assert bare.summary()["flags"].item() == "zero_gradients"
+
+
+def test_not_finite_is_broken_and_flagged() -> None:
+    data = two_blocks(60)
+    report = evaluate(NaNs(), data, THREAT, [Shift()])
+    bad = int((data.images[:, 0, 0, 0] > 0.8).sum())
+    clean = report.records[report.records["kind"] == "clean"]
+    assert (clean["prediction"] == -2).sum() == bad
+    assert not clean.loc[clean["prediction"] == -2, "correct"].any()
+    assert "non_finite" in [flag.id for flag in report.flags]
+    assert f"for {bad} samples" in report.flags[-1].evidence or bad < 60
+
+
+def test_a_refusal_of_a_clean_image_is_an_error_but_no_success() -> None:
+    data = two_blocks(60)
+    for mode in ("full", "cascade"):
+        report = evaluate(Picky(), data, THREAT, [Shift()], mode=mode)
+        rows = report.records.set_index(["kind", "index"])
+        refused = [int(i) for i in data.indices[data.images[:, 0, 0, 0] > 0.86]]
+        assert not rows.loc["clean"].loc[refused, "correct"].any()
+        still = rows.loc["attack"].loc[refused]
+        assert not still.loc[still["prediction"] == ABSTAIN, "success"].any()
+        assert report.summary()["worst_case"].item() <= report.summary()["clean"].item()
+
+
+def test_flags_of_outputs() -> None:
+    data = two_blocks(20)
+
+    class Soft(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Linear()(x).softmax(dim=1)
+
+    class Secretly(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Linear()(x) + torch.rand(len(x), 2)
+
+    assert [f.id for f in evaluate(Soft(), data, THREAT).flags] == ["probabilities"]
+    assert [f.id for f in evaluate(Secretly(), data, THREAT).flags] == ["randomised"]
+    assert not evaluate(Noisy(), data, THREAT).flags
+    assert not evaluate(Linear(), data, THREAT).flags
+
+
+def test_the_world_is_left_as_it_was() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    model.train()
+    model[1].weight.grad = torch.ones(2, 16)
+    x, y = linear_data(10)
+    before, state = x.clone(), torch.get_rng_state()
+    evaluate(model, (x, y), THREAT, [PGD(steps=2)])
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+    assert torch.equal(model[1].weight.grad, torch.ones(2, 16))
+    assert torch.equal(x, before)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_float64_models_and_callables() -> None:
+    data = two_blocks(12)
+    report = evaluate(Linear().double(), data, THREAT, [PGD(steps=2)])
+    assert set(report.records["precision"]) == {"float64"}
+    model = Linear()
+    report = evaluate(lambda x: model(x), data, THREAT, [PGD(steps=2)], name="mine")
+    assert set(report.records["defense"]) == {"mine"}
+
+
+def test_other_bounds() -> None:
+    x, y = linear_data(12)
+    report = evaluate(Linear(), (x * 4 - 2, y), Lp("linf", 0.05, bounds=(-2.0, 2.0)), [PGD(steps=2)])
+    assert set(report.records["threat"].dropna()) == {"linf[-2,2]"}
+
+
+@dataclass(frozen=True)
+class Needy(Attack):
+    noise: Any = None
+
+    def supports(self, threat: Any) -> bool:
+        return True
+
+    def run(self, oracle: Any, x: Tensor, goal: Any, threat: Any, streams: Any) -> Tensor:
+        return oracle.best
+
+
+def _refusals() -> list[Any]:
+    x, y = linear_data(8)
+    train = nn.Sequential(nn.Dropout(0.5), nn.Flatten(), nn.Linear(16, 2))
+    norm = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 2))
+    wrong = nn.Sequential(nn.Flatten(), nn.Linear(16, 2), nn.Flatten(0))
+    twice = Dataset("d", "test", x, y, torch.zeros(8, dtype=torch.int64), 2)
+    ok: dict[str, Any] = {"model": Linear(), "data": (x, y), "threat": THREAT}
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"model": train.train()}, r"train mode.*Dropout.*model.eval\(\)"),
+        ({"model": norm.train()}, r"train mode.*BatchNorm2d"),
+        ({"model": wrong}, r"logits of shape \(8, K\)"),
+        ({"model": lambda x: x}, "needs a name"),
+        ({"model": 3}, "callable"),
+        ({"data": (x, y + 5)}, "labels must be in 0 .. 1"),
+        ({"data": (x * 255, y)}, "divide by 255"),
+        ({"data": (x[0], y)}, r"shape \(B, C, H, W\)"),
+        ({"data": (x[:0], y[:0])}, "no samples"),
+        ({"data": twice}, "index comes twice"),
+        ({"threat": []}, "at least one threat"),
+        ({"threat": "linf"}, "must be an Lp"),
+        ({"threat": Lp("linf", None)}, "one budget"),
+        ({"threat": Lp("linf", torch.full((8,), 0.1))}, "one budget"),
+        ({"threat": [THREAT, THREAT]}, "comes twice"),
+        ({"attacks": [PGD(), PGD()]}, "attack PGD comes twice"),
+        ({"attacks": [PGD]}, "instances of dataclasses"),
+        ({"attacks": [Needy(torch.ones(1))]}, "no place in a stored identity"),
+        ({"mode": "fast"}, "mode must be one of full, cascade"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"max_queries": 0}, "max_queries"),
+        ({"precision": "float16"}, "precision must be"),
+        ({"model": Linear().half()}, "float32 or float64"),
+    ]
+    return [pytest.param(ok | change, message, id=message[:20]) for change, message in cases]
+
+
+@pytest.mark.parametrize(("arguments", "message"), _refusals())
+def test_refusals_say_why(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        evaluate(**arguments)
