@@ -53,7 +53,7 @@ def loss_of(
 
 def test_its_loss_at_the_end_of_the_schedule_falls(objective: Objective, data: Dataset) -> None:
     before = float(loss_of(objective, net(), data).detach())
-    trained = train(net(), data, objective, epochs=20, batch_size=50, learning_rate=5e-3)
+    trained = train(net(), data, objective, epochs=10, batch_size=50, learning_rate=1e-2)
     assert float(loss_of(objective, trained, data).detach()) < before - 0.1
 
 
