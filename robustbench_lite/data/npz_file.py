@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,17 +63,17 @@ def read_npz(path: str | Path, needed: list[str], also: list[str] | None = None)
     file = Path(path).expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"no data file {file}")
-    try:
-        archive = np.load(file, allow_pickle=False)
-    except (BadZipFile, EOFError, ValueError) as error:
-        raise ValueError(f"{file} is no .npz archive ({error}); write one with numpy.savez_compressed") from error
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise ValueError(f"{file} holds one array, not an archive; write one with numpy.savez_compressed")
-    with archive:
+    with file.open("rb") as stream:  # opened here: NumPy leaves the file of a damaged archive open
+        try:
+            archive = np.load(stream, allow_pickle=False)
+        except (BadZipFile, EOFError, ValueError) as error:
+            raise ValueError(f"{file} is no .npz archive ({error}); write one with numpy.savez_compressed") from error
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError(f"{file} holds one array, not an archive; write one with numpy.savez_compressed")
         missing = [key for key in needed if key not in archive.files]
         if missing:
             raise ValueError(f"{file} has no {', '.join(missing)}; it has: {', '.join(sorted(archive.files))}")
         try:
             return {key: archive[key] for key in dict.fromkeys([*needed, *(also or [])]) if key in archive.files}
-        except (BadZipFile, EOFError, ValueError) as error:
+        except (BadZipFile, EOFError, ValueError, zlib.error) as error:
             raise ValueError(f"{file}: an array cannot be read ({error}); pickled objects never are") from error
