@@ -1,7 +1,7 @@
 """Forks evaluations to be killed: importing torch once is quicker than once a kill.
 
-Each line on stdin is a folder: a fresh evaluation that stores there starts in a forked process, whose id is printed; when
-it has ended, killed or not, its exit status is printed, and the next line is read.
+Each line on stdin is a folder: a fresh evaluation that stores there starts in a forked process, whose id is printed;
+when it has ended, killed or not, its exit status is printed, and the next line is read.
 """
 
 from __future__ import annotations
