@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from robustbench_lite.certify.graph import graph_of
+from robustbench_lite.certify.graph import graph_of, uncompiled
 from robustbench_lite.certify.inputs import input_set
 from robustbench_lite.certify.precision import full_precision
 from robustbench_lite.certify.propagate import propagate
@@ -79,6 +79,7 @@ def unchecked_bounds(
     box = input_set(threat_or_box, x)
     _check_device(model, box.lower)
     graph = graph_of(model, box.lower)
+    model = uncompiled(model)
     if C is not None:
         C = _specification(C, graph.num_classes, box.lower)
     with full_precision(box.lower.device):

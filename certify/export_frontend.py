@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import io
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +23,7 @@ def trace(model: nn.Module, batch: Tensor) -> Trace:
     Raises:
         Exception: whatever stops torch.export; data-dependent control flow does.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.export deprecates its own calls
+    with _quiet():
         open_batch = ({0: torch.export.Dim("batch", min=2)},)
         program = torch.export.export(model, (batch,), dynamic_shapes=open_batch, strict=False)
         unguarded = "check_guards" in inspect.signature(program.module).parameters
@@ -31,3 +34,17 @@ def trace(model: nn.Module, batch: Tensor) -> Trace:
         if isinstance(output.args[0], (tuple, list)):
             output.args = (output.args[0][0],)
     return Trace(graph, owner, {})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back torch.export's warnings about itself, and the dumps it logs and prints before an error that we report."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    before = logger.disabled
+    try:
+        logger.disabled = True
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = before

@@ -69,6 +69,7 @@ def graph_of(model: nn.Module, x: Tensor) -> Graph:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"bounds need an nn.Module, whose layers can be read; got {type(model).__name__}")
+    model = uncompiled(model)
     kept = _KEPT.get(model)
     if kept is None or not kept.fits(model):
         modules = tuple((weakref.ref(m), name, _attributes(m)) for name, m in model.named_modules())
@@ -80,6 +81,12 @@ def graph_of(model: nn.Module, x: Tensor) -> Graph:
     if graph.checked:
         kept.graphs[shape] = graph
     return graph
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the module that torch.compile wrapped, whose parameters are the same; any other module itself."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def trace(model: nn.Module, x: Tensor, front_ends: tuple[str, ...] = ("fx", "export")) -> Graph:

@@ -234,3 +234,16 @@ def test_a_layer_changed_in_place_is_traced_anew():
     torch.testing.assert_close(bounds(net, (X, X))[0], net(X))
     net[1].register_forward_hook(lambda module, args, output: output + 1)
     torch.testing.assert_close(bounds(net, (X, X))[0], net(X))
+
+
+def test_a_compiled_model_is_bounded_by_what_it_was_compiled_from():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    compiled = torch.compile(net, backend="eager")
+    for ours, theirs in zip(bounds(compiled, Lp("linf", 0.1), x=X), bounds(net, Lp("linf", 0.1), x=X), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_failed_trace_prints_nothing(capfd):
+    with pytest.raises(UnsupportedOperator):
+        bounds(Net(lambda x: x if x.sum() > 0 else -x), Lp("linf", 0.1), x=X)
+    assert capfd.readouterr() == ("", "")
