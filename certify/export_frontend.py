@@ -38,7 +38,7 @@ def trace(model: nn.Module, batch: Tensor) -> Trace:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back torch.export's warnings about itself, and the dumps it logs and prints before an error that we report."""
+    """Hold back torch.export's warnings about itself, and what it dumps before an error that we report."""
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     before = logger.disabled
     try:
