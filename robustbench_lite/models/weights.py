@@ -66,7 +66,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     content = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
     nest = next((key for key in NESTS if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)), None)
     state = content if nest is None else content[nest]
-    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not state or not all(map(_is_entry, state.items())):
         raise ValueError(f"{file} holds no state dict: {_explain()}")
     cut = len(PREFIX) if all(key.startswith(PREFIX) for key in state) else 0
     return {key[cut:]: value for key, value in state.items()}
@@ -109,6 +109,10 @@ def _read_torch(file: Path) -> Any:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{file} cannot be loaded safely ({reason[:200]}): {_explain()}") from error
+
+
+def _is_entry(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
 def _explain() -> str:
