@@ -6,11 +6,12 @@ import pyarrow as pa
 from numpy import array, int64
 
 from robustbench_lite.evaluation.cells import Cell, block_of, sample_keys
+from robustbench_lite.evaluation.examples import Examples
 from robustbench_lite.evaluation.methods import Method
 from robustbench_lite.evaluation.plan import Task
 from robustbench_lite.evaluation.records import empty_records
 from robustbench_lite.evaluation.samples import Samples
-from robustbench_lite.evaluation.store import Examples, Store
+from robustbench_lite.evaluation.store import Store
 
 __all__ = ["EvaluationError", "Ledger"]
 

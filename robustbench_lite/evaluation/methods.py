@@ -15,8 +15,8 @@ from robustbench_lite.core.goals import Untargeted
 from robustbench_lite.core.results import Status
 from robustbench_lite.core.threats import Threat
 from robustbench_lite.evaluation.cells import Cell
+from robustbench_lite.evaluation.examples import Examples
 from robustbench_lite.evaluation.samples import Samples
-from robustbench_lite.evaluation.store import Examples
 from robustbench_lite.evaluation.subject import TIE, Subject
 
 if TYPE_CHECKING:

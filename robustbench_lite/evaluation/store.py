@@ -14,66 +14,35 @@ from __future__ import annotations
 import json
 import logging
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
 
-from robustbench_lite.evaluation.cells import Cell, sample_keys
-from robustbench_lite.evaluation.environment import environment
+from robustbench_lite.evaluation.cells import Cell
+from robustbench_lite.evaluation.examples import Examples, read_examples, write_examples
 from robustbench_lite.evaluation.files import put, remove_leftovers, require_writable, set_aside, write_files
-from robustbench_lite.evaluation.records import KINDS, SCHEMA, SCHEMA_VERSION, empty_records, to_frame
+from robustbench_lite.evaluation.parquet import (
+    DAMAGE,
+    StoreError,
+    each_once,
+    metadata,
+    only_damage,
+    read_metadata,
+    read_rows,
+    write_rows,
+)
+from robustbench_lite.evaluation.records import KINDS, SCHEMA, empty_records, to_frame
 from robustbench_lite.evaluation.specs import canonical
 
-__all__ = ["Examples", "NewerSchemaError", "Part", "Store", "StoreError"]
+__all__ = ["Part", "Store", "StoreError"]
 
 _LOG = logging.getLogger(__name__)
 _KEY = ("index", "sample_hash", "label")
-_DAMAGE = (pa.ArrowException, OSError, ValueError, KeyError)  # what a parquet or JSON reader says of broken bytes
-
-
-class StoreError(RuntimeError):
-    """The store cannot be used as asked."""
-
-
-class NewerSchemaError(StoreError):
-    """The store was written by a newer version of this package."""
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Adversarial examples of some samples: dataset indices (n,), images (n, C, H, W), parameters (n, ...) if any."""
-
-    index: np.ndarray[Any, Any]
-    x_adv: np.ndarray[Any, Any]
-    parameters: np.ndarray[Any, Any] | None = None
-
-    @classmethod
-    def join(cls, parts: list[Examples]) -> Examples | None:
-        """Return the examples of several batches as one; None where there are none."""
-        parts = [part for part in parts if len(part.index)]
-        if not parts:
-            return None
-        arrays = [part.tensors() for part in parts]
-        return cls(**{name: np.concatenate([array[name] for array in arrays]) for name in arrays[0]})
-
-    def take(self, rows: np.ndarray[Any, Any]) -> Examples:
-        """Return the examples at these positions."""
-        return Examples(**{name: array[rows] for name, array in self.tensors().items()})
-
-    def tensors(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Return the arrays by the names they are stored under."""
-        arrays = {"index": self.index, "x_adv": self.x_adv}
-        arrays |= {} if self.parameters is None else {"parameters": self.parameters}
-        return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
 @dataclass(frozen=True)
@@ -128,7 +97,7 @@ class Store:
             self._visited.add(folder)
             remove_leftovers(folder)
         tables = [t for path in sorted(folder.glob(f"{block:05d}-*.parquet")) if (t := self._sound(path)) is not None]
-        return cell.renamed(_each_once(pa.concat_tables(tables))) if tables else empty_records()
+        return cell.renamed(each_once(pa.concat_tables(tables))) if tables else empty_records()
 
     def write(self, cell: Cell, block: int, rows: pa.Table, examples: Examples | None, device: str) -> None:
         """Add records of one block, and the examples of their successes, which reach the disk first.
@@ -139,11 +108,10 @@ class Store:
         folder = self._folder(cell)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{block:05d}-{uuid.uuid4().hex[:12]}.parquet"
-        table = rows.replace_schema_metadata(_metadata(cell, device))
-        files = [(path, lambda stream: _write_table(table, stream))]
+        table = rows.replace_schema_metadata(metadata(cell, device))
+        files: list[tuple[Path, Callable[[BinaryIO], None]]] = [(path, lambda stream: write_rows(table, stream))]
         if examples is not None and len(examples.index):
-            data = save(examples.tensors())
-            files.insert(0, (path.with_suffix(".safetensors"), lambda stream: _write_bytes(data, stream)))
+            files.insert(0, (path.with_suffix(".safetensors"), lambda stream: write_examples(examples, stream)))
         write_files(files)
 
     def examples(self, cell: Cell, block: int) -> Iterator[Examples]:
@@ -159,10 +127,9 @@ class Store:
         if not path.exists() or not records.exists():
             return None
         try:
-            tensors = load_file(path)
-            return Examples(tensors["index"], tensors["x_adv"], tensors.get("parameters"))
-        except (SafetensorError, KeyError, OSError) as error:
-            self._report(f"damaged examples {path.name}: {error}")
+            return read_examples(path)
+        except (ValueError, OSError) as error:
+            self._report(str(error))
             return None
 
     def parts(self) -> Iterator[Part]:
@@ -173,21 +140,19 @@ class Store:
         """
         for path in self._files():
             try:
-                with pq.ParquetFile(path) as file:
-                    kept = file.schema_arrow.metadata or {}
-                _check_version(path, kept)
+                kept = read_metadata(path)
                 identity, made = json.loads(kept[b"identity"]), json.loads(kept[b"environment"])
                 yield Part(path, identity, made, kept[b"defense"].decode())
-            except _DAMAGE as error:
-                _only_damage(error)
+            except DAMAGE as error:
+                only_damage(error)
                 self._report(f"damaged records {path.relative_to(self.root)}: {error}")
 
     def file_records(self, part: Part) -> pd.DataFrame | None:
         """Return the records of one file; None where it is damaged."""
         try:
-            return to_frame(_read(part.path, SCHEMA.names))
-        except _DAMAGE as error:
-            _only_damage(error)
+            return to_frame(read_rows(part.path, SCHEMA.names))
+        except DAMAGE as error:
+            only_damage(error)
             self._report(f"damaged records {part.path.relative_to(self.root)}: {error}")
             return None
 
@@ -245,11 +210,11 @@ class Store:
     def _sound(self, path: Path) -> pa.Table | None:
         """Read a whole file; move it aside where it is damaged."""
         try:
-            return _read(path, SCHEMA.names)
+            return read_rows(path, SCHEMA.names)
         except FileNotFoundError:
             return None
-        except _DAMAGE as error:
-            _only_damage(error)
+        except DAMAGE as error:
+            only_damage(error)
             self._report(f"damaged records {path.relative_to(self.root)}: {error}; set aside, to be computed again")
             set_aside(path)
             return None
@@ -261,12 +226,12 @@ class Store:
         tables = []
         for path in paths:
             try:
-                tables.append(_read(path, needed))
-            except _DAMAGE as error:
-                _only_damage(error)
+                tables.append(read_rows(path, needed))
+            except DAMAGE as error:
+                only_damage(error)
                 self._report(f"damaged records {path.relative_to(self.root)}: {error}; left out")
         table = pa.concat_tables([pa.schema([SCHEMA.field(n) for n in needed]).empty_table(), *tables])
-        table = _each_once(table) if overlap else table
+        table = each_once(table) if overlap else table
         for name, value in equal.items():
             table = table.filter(pc.equal(table.column(name), pa.scalar(value, SCHEMA.field(name).type)))
         return table.select(names)
@@ -275,64 +240,15 @@ class Store:
         """Order cells by their identity rather than its hash, so that tables keep their order of columns."""
         for path in paths:
             try:
-                with pq.ParquetFile(path) as file:
-                    kept = file.schema_arrow.metadata or {}
-                identity = json.loads(kept[b"identity"])
+                identity = json.loads(read_metadata(path)[b"identity"])
                 return canonical([KINDS.index(identity["kind"]), identity["method"], identity["threat"]]), paths[
                     0
                 ].parent.name
-            except _DAMAGE as error:
-                _only_damage(error)
+            except DAMAGE as error:
+                only_damage(error)
         return "", paths[0].parent.name
 
     def _report(self, message: str) -> None:
         if message not in self.warnings:
             self.warnings.append(message)
             _LOG.warning(message)
-
-
-def _metadata(cell: Cell, device: str) -> dict[str, str]:
-    return {
-        "schema_version": str(SCHEMA_VERSION),
-        "identity": canonical(cell.identity),
-        "defense": cell.defense,
-        "environment": canonical(environment() | {"device": device}),
-    }
-
-
-def _write_table(table: pa.Table, stream: BinaryIO) -> None:
-    pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
-
-
-def _write_bytes(data: bytes, stream: BinaryIO) -> None:
-    stream.write(data)
-
-
-def _read(path: Path, names: list[str]) -> pa.Table:
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        _check_version(path, file.schema_arrow.metadata or {})
-        table = file.read(columns=names)
-    return table.select(names).cast(pa.schema([SCHEMA.field(name) for name in names])).replace_schema_metadata(None)
-
-
-def _only_damage(error: Exception) -> None:
-    """Raise what is no damage: the system's own errors carry a number (too many open files, no permission ...)."""
-    if isinstance(error, OSError) and error.errno is not None:
-        raise error
-
-
-def _check_version(path: Path, metadata: dict[bytes, bytes]) -> None:
-    version = int(metadata[b"schema_version"])
-    if version > SCHEMA_VERSION:
-        raise NewerSchemaError(
-            f"{path} has schema version {version}, but this package knows {SCHEMA_VERSION}: upgrade robustbench_lite, "
-            "or choose another store"
-        )
-
-
-def _each_once(table: pa.Table) -> pa.Table:
-    """Keep the first of the rows that have one name."""
-    first: dict[tuple[int, str, int], int] = {}
-    for place, key in enumerate(sample_keys(table)):
-        first.setdefault(key, place)
-    return table if len(first) == len(table) else table.take(list(first.values()))

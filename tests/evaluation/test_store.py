@@ -128,7 +128,7 @@ def test_a_system_error_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def fail(*_: Any) -> None:
         raise OSError(errno.EMFILE, "too many open files")
 
-    monkeypatch.setattr(store_module, "_read", fail)
+    monkeypatch.setattr(store_module, "read_rows", fail)
     with pytest.raises(OSError, match="too many"):
         run(tmp_path)
     assert not list(tmp_path.rglob("*.corrupt"))

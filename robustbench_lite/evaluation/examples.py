@@ -1,0 +1,60 @@
+"""The adversarial examples that are kept beside the records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+__all__ = ["Examples", "read_examples", "write_examples"]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Adversarial examples of some samples: dataset indices (n,), images (n, C, H, W), parameters (n, ...) if any."""
+
+    index: np.ndarray[Any, Any]
+    x_adv: np.ndarray[Any, Any]
+    parameters: np.ndarray[Any, Any] | None = None
+
+    @classmethod
+    def join(cls, parts: list[Examples]) -> Examples | None:
+        """Return the examples of several batches as one; None where there are none."""
+        parts = [part for part in parts if len(part.index)]
+        if not parts:
+            return None
+        arrays = [part.tensors() for part in parts]
+        return cls(**{name: np.concatenate([array[name] for array in arrays]) for name in arrays[0]})
+
+    def take(self, rows: np.ndarray[Any, Any]) -> Examples:
+        """Return the examples at these positions."""
+        return Examples(**{name: array[rows] for name, array in self.tensors().items()})
+
+    def tensors(self) -> dict[str, np.ndarray[Any, Any]]:
+        """Return the arrays by the names they are stored under."""
+        arrays = {"index": self.index, "x_adv": self.x_adv}
+        arrays |= {} if self.parameters is None else {"parameters": self.parameters}
+        return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+
+
+def read_examples(path: Path) -> Examples:
+    """Read a file of examples.
+
+    Raises:
+        ValueError: it is damaged.
+        OSError: it cannot be read.
+    """
+    try:
+        tensors = load_file(path)
+        return Examples(tensors["index"], tensors["x_adv"], tensors.get("parameters"))
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"damaged examples {path.name}: {error}") from error
+
+
+def write_examples(examples: Examples, stream: BinaryIO) -> None:
+    """Write a file of examples."""
+    stream.write(save(examples.tensors()))

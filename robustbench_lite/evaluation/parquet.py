@@ -1,0 +1,95 @@
+"""Files of records: parquet with checksums, whose metadata say which cell they belong to and how they came about."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from robustbench_lite.evaluation.cells import Cell, sample_keys
+from robustbench_lite.evaluation.environment import environment
+from robustbench_lite.evaluation.records import SCHEMA, SCHEMA_VERSION
+from robustbench_lite.evaluation.specs import canonical
+
+__all__ = [
+    "DAMAGE",
+    "NewerSchemaError",
+    "StoreError",
+    "each_once",
+    "metadata",
+    "only_damage",
+    "read_metadata",
+    "read_rows",
+    "write_rows",
+]
+
+DAMAGE = (pa.ArrowException, OSError, ValueError, KeyError)  # what a parquet or JSON reader says of broken bytes
+
+
+class StoreError(RuntimeError):
+    """The store cannot be used as asked."""
+
+
+class NewerSchemaError(StoreError):
+    """The store was written by a newer version of this package."""
+
+
+def metadata(cell: Cell, device: str) -> dict[str, str]:
+    """Return what a file of records says of itself: schema, identity, and the circumstances it was made under."""
+    return {
+        "schema_version": str(SCHEMA_VERSION),
+        "identity": canonical(cell.identity),
+        "defense": cell.defense,
+        "environment": canonical(environment() | {"device": device}),
+    }
+
+
+def write_rows(rows: pa.Table, stream: BinaryIO) -> None:
+    """Write a file of records, with a checksum on each page."""
+    pq.write_table(rows, stream, compression="zstd", write_page_checksum=True)
+
+
+def read_metadata(path: Path) -> dict[bytes, bytes]:
+    """Return what a file of records says of itself.
+
+    Raises:
+        NewerSchemaError: a newer version of this package has written it.
+        DAMAGE: it is damaged; or a system error, which carries a number.
+    """
+    with pq.ParquetFile(path) as file:
+        kept: dict[bytes, bytes] = file.schema_arrow.metadata or {}
+    _check_version(path, kept)
+    return kept
+
+
+def read_rows(path: Path, names: list[str]) -> pa.Table:
+    """Return these columns of a file of records; raises what `read_metadata` raises."""
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        _check_version(path, file.schema_arrow.metadata or {})
+        table = file.read(columns=names)
+    return table.select(names).cast(pa.schema([SCHEMA.field(name) for name in names])).replace_schema_metadata(None)
+
+
+def only_damage(error: Exception) -> None:
+    """Raise what is no damage: the system's own errors carry a number (too many open files, no permission ...)."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
+
+
+def _check_version(path: Path, metadata: dict[bytes, bytes]) -> None:
+    version = int(metadata[b"schema_version"])
+    if version > SCHEMA_VERSION:
+        raise NewerSchemaError(
+            f"{path} has schema version {version}, but this package knows {SCHEMA_VERSION}: upgrade robustbench_lite, "
+            "or choose another store"
+        )
+
+
+def each_once(table: pa.Table) -> pa.Table:
+    """Keep the first of the rows that have one name."""
+    first: dict[tuple[int, str, int], int] = {}
+    for place, key in enumerate(sample_keys(table)):
+        first.setdefault(key, place)
+    return table if len(first) == len(table) else table.take(list(first.values()))
