@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import nn
 
@@ -20,12 +21,20 @@ def build(node: Mapping[str, Any], what: str) -> Any:
     """Return the object of a node with `_target_`.
 
     Raises:
-        ValueError: the node has no target.
-        hydra.errors.InstantiationException: the target cannot be imported, or refuses its arguments.
+        ValueError: the node has no target, the target cannot be imported, or it refuses its arguments.
+        Exception: what else the target raises.
     """
     if not node.get("_target_"):
         raise ValueError(f"{what} has no _target_: choose a config of the group, such as {what}=...")
-    return instantiate(dict(node), _convert_="all")
+    try:
+        return instantiate(dict(node), _convert_="all")
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while isinstance(cause, InstantiationException):
+            cause = cause.__cause__
+        if isinstance(cause, (ValueError, TypeError, ImportError)):
+            raise ValueError(f"{what}: {cause}") from error
+        raise (cause or error) from error
 
 
 def data(plain: Mapping[str, Any]) -> Dataset:

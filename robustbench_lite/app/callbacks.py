@@ -14,7 +14,7 @@ from robustbench_lite.app.console import console
 from robustbench_lite.app.errors import report_errors
 from robustbench_lite.app.screen import show_sheet
 from robustbench_lite.report.export import write_tables
-from robustbench_lite.report.sheet import sheets
+from robustbench_lite.report.sheet import sheets, table_of
 
 __all__ = ["TableCallback"]
 
@@ -40,7 +40,7 @@ def _finish(folder: Path, store: Path) -> int:
         if report is None:
             failed.append((ended.name, ended.error or "its rows are no longer in the store"))
         else:
-            summaries.append(report.summary())
+            summaries.append(table_of(report))
     written = []
     for sheet in sheets(summaries):
         show_sheet(sheet)

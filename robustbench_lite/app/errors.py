@@ -115,8 +115,8 @@ def _innermost(error: BaseException) -> str:
 
 def _interpolation(error: BaseException) -> str:
     text, key = str(error).splitlines()[0], str(getattr(error, "full_key", ""))
-    if "usual_eps" in text:
-        return f"there is no usual budget for this data set and threat: give {key or 'threat.eps'}=..."
+    if key == "threat.eps":
+        return "there is no usual budget for this data set and threat: give threat.eps=..."
     inner = re.search(r"raised while resolving interpolation: (.*)", text)
     return inner[1] if inner else f"{key}: {text}"
 

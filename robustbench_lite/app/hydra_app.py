@@ -13,7 +13,6 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from robustbench_lite import zoo
-from robustbench_lite.core.errors import suggest
 
 __all__ = ["CONFIG_PATH", "register", "run"]
 
@@ -71,8 +70,11 @@ def _zoo_entries(data: str) -> str:
     """Return the zoo's defenses of a data set as a sweep: "digits/ibp,digits/standard"."""
     found = zoo.names(ZOO_OF.get(data, data))
     if not found:
-        there = sorted({name.partition("/")[0] for name in zoo.names()})
-        raise ValueError(f"{suggest(data, there, 'zoo of data')}; for a net of your own see 'rbl evaluate --help'")
+        there = ", ".join(sorted({name.partition("/")[0] for name in zoo.names()})) or "none yet"
+        raise ValueError(
+            f"the zoo has no defenses for data {data!r}; it has some for: {there}. "
+            "For a net of your own: rbl evaluate model._target_=..."
+        )
     return ",".join(found)
 
 

@@ -23,6 +23,7 @@ from robustbench_lite.app.digests import (
     stamp,
 )
 from robustbench_lite.evaluation.report import Report
+from robustbench_lite.zoo.cards import WEIGHTS, entry_folder
 
 __all__ = ["Done", "evaluate_job", "key_of", "plain_config"]
 
@@ -118,7 +119,7 @@ def _weights(plain: Mapping[str, Any]) -> dict[str, str]:
     """Return the digests of the files that hold weights: the zoo's, and whatever file the configuration names."""
     found = {}
     if plain["defense"]:
-        path = zoo.entry_folder(plain["defense"]["name"]) / "weights.safetensors"
+        path = entry_folder(plain["defense"]["name"]) / WEIGHTS
         found["zoo"] = digest_file(path) if path.exists() else "missing"
     for text in _texts({name: value for name, value in plain.items() if name != "data"}):
         path = Path(text)
@@ -147,6 +148,10 @@ def _data_files(node: Mapping[str, Any]) -> list[list[Any]]:
 
 
 def _check(plain: Mapping[str, Any]) -> None:
+    for name in ("seed", "batch_size", "limit", "max_queries"):
+        value = plain[name]
+        if not (isinstance(value, int) or (value is None and name in ("limit", "max_queries"))):
+            raise ValueError(f"{name} must be a whole number, got {value!r}")
     defense, model = plain["defense"], plain["model"]
     own = bool(model) and bool(model.get("_target_"))
     if not defense and not own:

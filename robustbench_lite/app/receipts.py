@@ -22,7 +22,7 @@ from robustbench_lite.evaluation.flags import Flag
 from robustbench_lite.evaluation.report import NotApplicable, Report
 from robustbench_lite.evaluation.store import Part, Store
 
-__all__ = ["Receipt", "find", "keep", "receipt_of", "report_of"]
+__all__ = ["Receipt", "all_of", "find", "keep", "receipt_of", "report_of"]
 
 FORMAT = 1
 _METHOD = ["kind", "method", "version", "threat", "eps"]
@@ -110,13 +110,20 @@ def find(store: Path, key: str) -> Receipt | None:
         return None  # the evaluation runs, and writes a sound one
 
 
+def all_of(store: Path) -> list[Receipt]:
+    """Return the readable receipts of a store, the newest first."""
+    paths = sorted((store / "receipts").glob("*.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    found = (find(store, path.stem) for path in paths)
+    return [receipt for receipt in found if receipt is not None]
+
+
 def keep(store: Path, key: str, receipt: Receipt) -> None:
     """Write a receipt, whole or not at all.
 
     Raises:
         OSError: it cannot be written.
     """
-    put(_path(store, key), json.dumps(asdict(receipt), indent=1).encode())
+    put(_path(store, key), json.dumps(asdict(receipt), separators=(",", ":")).encode())
 
 
 def _path(store: Path, key: str) -> Path:

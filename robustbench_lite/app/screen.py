@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from robustbench_lite.app.console import console
-from robustbench_lite.report.sheet import Sheet, sheets
+from robustbench_lite.report.sheet import Sheet, sheets, table_of
 from robustbench_lite.report.table import to_screen
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def show_sheet(sheet: Sheet) -> None:
 
 def show_report(report: Report) -> None:
     """Print the table of a report, and why its figures may be doubted."""
-    for sheet in sheets([report.summary()]):
+    for sheet in sheets([table_of(report)]):
         show_sheet(sheet)
     screen = console()
     for flag in report.flags:

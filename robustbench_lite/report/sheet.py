@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
 
-__all__ = ["NOT_APPLICABLE", "TEXT_COLUMNS", "Cell", "Sheet", "rank", "sheets"]
+if TYPE_CHECKING:
+    from robustbench_lite.evaluation.report import Report
+
+__all__ = ["NOT_APPLICABLE", "TEXT_COLUMNS", "Cell", "Sheet", "rank", "sheets", "table_of"]
 
 NOT_APPLICABLE = "n/a"
 TEXT_COLUMNS = ("defense", "verdict", "flags")
@@ -46,6 +49,18 @@ class Sheet:
     frame: pd.DataFrame
 
 
+def table_of(report: Report) -> pd.DataFrame:
+    """Return the summary of a report, its methods that are not applicable standing among those of their kind."""
+    table = report.summary()
+    names = list(table.columns)
+    for method, kind in {part.method: part.kind for part in report.not_applicable}.items():
+        columns = [method + end for end in ("", "_low", "_high")]
+        names = [name for name in names if name not in columns]
+        place = names.index("worst_case" if kind == "attack" else "certified")
+        names[place:place] = columns
+    return table[names]
+
+
 def rank(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of a summary with a column `rank`, best first.
 
@@ -62,13 +77,14 @@ def sheets(summaries: Iterable[pd.DataFrame]) -> Iterator[Sheet]:
     """Yield one sheet for each data set, threat, eps and number of samples.
 
     Args:
-        summaries: results of `Report.summary()`. A method that one of them names stays in the sheets of its rows, even
-            where it has no figure: n/a.
+        summaries: results of `table_of`. A method that one of them names stays in the sheets of its rows, even where it
+            has no figure: n/a.
     """
     groups: dict[tuple[Any, ...], list[pd.DataFrame]] = {}
     for summary in summaries:
         for key, rows in summary.groupby(_GROUP, sort=False, dropna=False):
-            groups.setdefault(tuple(None if pd.isna(part) else part for part in cast(tuple[Any, ...], key)), []).append(rows)
+            names = tuple(None if pd.isna(part) else part for part in cast(tuple[Any, ...], key))
+            groups.setdefault(names, []).append(rows)
     for (dataset, threat, eps, n), parts in groups.items():
         frame = rank(_stacked(parts))
         title, slug = _names(str(dataset), threat, eps, n)
@@ -109,7 +125,8 @@ def _shown(frame: pd.DataFrame) -> list[str]:
     attacks, certifiers = measured[1:worst], measured[worst + 1 : end]
     certifiers = certifiers if len(certifiers) > 1 else []  # one alone is the column "certified"
     after = [name for name in _AFTER if name not in _OPTIONAL or _says_something(frame[name])]
-    return ["rank", "defense", "clean", *attacks, "worst_case", *certifiers, *after]
+    first = ["rank", "defense"] if len(frame) > 1 else ["defense"]
+    return [*first, "clean", *attacks, "worst_case", *certifiers, *after]
 
 
 def _says_something(column: pd.Series[Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 from rich import box
 from rich.console import Console
@@ -51,7 +52,7 @@ def _table(sheet: Sheet, intervals: set[str]) -> Table:
 def _header(name: str) -> str:
     """Put each hyper-parameter of a method on a line of its own."""
     method, _, settings = name.partition("(")
-    return "\n".join([method, *settings.removesuffix(")").split(", ")]) if settings else name
+    return "\n".join([method, *re.split(r", (?![^\[(]*[\])])", settings.removesuffix(")"))]) if settings else name
 
 
 def _drawn(cell: Cell, header: str, intervals: set[str]) -> Text:
