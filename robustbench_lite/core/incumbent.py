@@ -38,13 +38,14 @@ class Incumbent:
         Points outside the threat are ignored, whatever they achieve.
         """
         x, threat = self._x[rows], self._threat.take(rows)
-        success = success & threat.contains(points, x)
+        feasible = threat.contains(points, x)
+        success = success & feasible
         merit = value.double().nan_to_num(nan=-torch.inf)
         if self._minimise:
             merit = torch.where(success, -threat.distance(points, x), merit)
         held, fallen = self._merit[rows], self.fallen[rows]
         better = (success & ~fallen) | ((success == fallen) & (merit > held))
-        better &= ~self.done[rows] & (success | threat.contains(points, x))
+        better &= feasible & ~self.done[rows]
         shape = (-1,) + (1,) * (points.ndim - 1)
         self.points[rows] = torch.where(better.reshape(shape), points, self.points[rows])
         self._merit[rows] = torch.where(better, merit, held)
