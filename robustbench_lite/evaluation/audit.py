@@ -101,6 +101,8 @@ def _pairs(records: pd.DataFrame) -> pd.DataFrame:
     right, won = _true(records["correct"]), _true(records["success"])
     records = records.assign(row=np.arange(len(records)))
     proofs = _proofs(records)[[*on, "threat", "radius", "row"]]
+    if len(proofs) == 0:
+        return proofs
     attacks, wrong = records[(kinds == "attack") & won], records[(kinds == "clean") & ~right]
     found = []
     for witnesses, keys in ((attacks, [*on, "threat"]), (wrong, on)):  # a wrong clean image lies in every threat

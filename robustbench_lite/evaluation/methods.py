@@ -88,7 +88,7 @@ def attack_method(subject: Subject, attack: Attack, threat: Threat, max_queries:
             "first_success": _array(torch.where(success, result.first_success, -1)),
             "seconds": _share(start, part),
         }
-        return cell.rows(part, measured), _examples(part, success, result.x_adv, result.parameters)
+        return cell.rows(part, measured), _examples(part, result.success, result.x_adv, result.parameters)
 
     return run
 
@@ -168,8 +168,9 @@ def _inside(threat: Threat, point: Tensor, x_adv: Tensor, x: Tensor) -> Tensor:
     return inside & ((threat.apply(x, point) - x_adv).flatten(1).abs().amax(dim=1) <= 1e-5)
 
 
-def _examples(part: Samples, success: Tensor, x_adv: Tensor, parameters: Tensor | None) -> Examples:
-    rows = success.nonzero().flatten()
+def _examples(part: Samples, claimed: Tensor, x_adv: Tensor, parameters: Tensor | None) -> Examples:
+    """Keep what the attack calls successes, refuted ones too: they are the audit's witnesses."""
+    rows = claimed.nonzero().flatten()
     chosen = None if parameters is None else _array(parameters[rows])
     return Examples(part.indices[_array(rows)], _array(x_adv[rows]), chosen)
 

@@ -15,6 +15,7 @@ import json
 import logging
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -216,7 +217,8 @@ class Store:
         except DAMAGE as error:
             only_damage(error)
             self._report(f"damaged records {path.relative_to(self.root)}: {error}; set aside, to be computed again")
-            set_aside(path)
+            with suppress(OSError):  # a store that can only be read: the damaged file stays, and is read no further
+                set_aside(path)
             return None
 
     def _cell_records(self, paths: list[Path], names: list[str], equal: dict[str, Any]) -> pa.Table:

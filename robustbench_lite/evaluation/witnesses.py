@@ -44,18 +44,15 @@ class Witnesses:
         return Audit([self._found.get(v.evidence, v) for v in whole.violations], whole.findings)
 
     def _example(self, violation: Contradiction, part: Samples, cells: Sequence[Cell]) -> Any:
-        facts = violation.facts
-        place = int(np.flatnonzero(part.indices == facts["index"])[0])
-        if facts.get("witness_kind") == "attack":
-            for cell in cells:
-                if (cell.method, cell.version, cell.eps) == (
-                    facts["witness_method"],
-                    facts["witness_version"],
-                    facts["witness_eps"],
-                ) and cell.threat == facts["threat"]:
-                    example = self._ledger.example(cell, facts["index"])
-                    return part.x[place].numpy() if example is None else example.x_adv[0]
-        return part.x[place].numpy()
+        """Return the input that a violation is about: the attack's, or the clean image."""
+        facts, prefix = violation.facts, "" if violation.id == "refuted_attack" else "witness_"
+        wanted = (facts["threat"], *(facts[f"{prefix}{name}"] for name in ("method", "version", "eps")))
+        for cell in cells:
+            if (cell.threat, cell.method, cell.version, cell.eps) == wanted:
+                example = self._ledger.example(cell, facts["index"])
+                if example is not None:
+                    return example.x_adv[0]
+        return part.x[int(np.flatnonzero(part.indices == facts["index"])[0])].numpy()
 
     def _write(self, violations: list[Contradiction], part: Samples) -> str | None:
         """Write the block's violations as JSON, and clean and adversarial images beside it; return the file's name."""

@@ -104,6 +104,10 @@ def test_a_lying_attack_is_refuted_and_gains_nothing(outside: bool, mode: str) -
     assert len(rows) == len(report.violations) >= row["clean"] * 40
     assert (rows["distance"] == np.inf).all()
     assert (rows["first_success"] == -1).all()
+    images = {int(index): image.numpy() for index, image in zip(data.indices, data.images, strict=True)}
+    for violation in report.violations:
+        moved = not np.array_equal(violation.example, images[violation.facts["index"]])
+        assert moved == outside
 
 
 def probabilistic(failures: int, n: int, alpha: float) -> pd.DataFrame:

@@ -302,6 +302,22 @@ def test_float64_models_and_callables() -> None:
     assert set(report.records["defense"]) == {"mine"}
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_rows_and_the_model_stays_where_it_is() -> None:
+    model, data = Linear(), two_blocks(40)
+    methods: dict[str, Any] = {"attacks": [Shift(0.5), Shift()]}
+    report = evaluate(model, data, THREAT, device="cuda", **methods)
+    assert model.scale.device.type == "cpu"
+    a, b = (r.records for r in (report, evaluate(model, data, THREAT, device="cpu", **methods)))
+    settled = (a["margin"].abs() > 1e-4) & (b["margin"].abs() > 1e-4)
+    assert a.loc[settled, "correct"].equals(b.loc[settled, "correct"])
+
+
+def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate(Linear(), two_blocks(4), THREAT, progress=True)
+    assert "evaluating" in capsys.readouterr().out
+
+
 def test_other_bounds() -> None:
     x, y = linear_data(12)
     report = evaluate(Linear(), (x * 4 - 2, y), Lp("linf", 0.05, bounds=(-2.0, 2.0)), [PGD(steps=2)])
