@@ -174,7 +174,9 @@ def _place(model: Any, device: str) -> torch.device:
     parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
     own = next(parameters, torch.empty(0)).device
     if device != "auto":
-        return torch.device(device)
+        place = torch.device(device)
+        bare = place.type == "cuda" and place.index is None
+        return torch.device("cuda", torch.cuda.current_device()) if bare else place
     if own.type != "cpu" or not torch.cuda.is_available() or not isinstance(model, nn.Module):
         return own
     return torch.device("cuda", torch.cuda.current_device())
