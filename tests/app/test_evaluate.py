@@ -1,0 +1,152 @@
+"""`rbl evaluate` and `rbl leaderboard`: one row, many rows, all from the store the second time."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from robustbench_lite import Lp, evaluate, load_data
+from robustbench_lite.attacks import FGSM
+
+NET = ("model._target_=users_net.Net", "limit=20")
+SMALL = ("suite.attacks.pgd.steps=3", "suite.attacks.random_noise.draws=2", "limit=20")
+
+
+def tables(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "results" / "tables").iterdir())}
+
+
+def test_a_net_of_the_users_then_from_the_store(rbl, folder: Path) -> None:
+    first = rbl("evaluate", *NET, *SMALL)
+    again = rbl("evaluate", *NET, *SMALL)
+    assert first[0] == again[0] == 0
+    assert first[1].replace("kept in", "served from") == again[1]
+    assert {path.name for path in folder.iterdir()} <= {"users_net.py", "results", "__pycache__"}
+
+
+def test_the_figures_are_those_of_evaluate(rbl, folder: Path) -> None:
+    chosen = ("suite.attacks.random_noise=null", "suite.attacks.pgd=null", "suite.certifiers.ibp=null")
+    status, _, _ = rbl("evaluate", "--multirun", *NET, *chosen, "threat.eps=0.03,8/255", "name=mine")
+    assert status == 0
+    from users_net import Net
+
+    data = load_data("digits").head(20)
+    rows = pd.concat(pd.read_csv(path) for path in sorted((folder / "results" / "tables").glob("*.csv")))
+    assert sorted(rows["eps"]) == [0.03, 8 / 255]
+    for eps, row in zip(rows["eps"], rows.itertuples(), strict=True):
+        expected = evaluate(Net().eval(), data, Lp("linf", eps), [FGSM()], name="x").summary().iloc[0]
+        assert row.defense == "mine"
+        assert (row.clean, row.FGSM, row.worst_case) == (expected["clean"], expected["FGSM"], expected["worst_case"])
+
+
+def test_attacks_are_added_and_changed(rbl) -> None:
+    _, out, _ = rbl("evaluate", *NET, *SMALL, "+attack@suite.attacks.mine=bim", "suite.attacks.mine.steps=2")
+    assert "BIM" in out
+    assert "steps=2" in out
+
+
+def test_leaderboard(rbl, folder: Path, zoo: Path) -> None:
+    status, out, err = rbl("leaderboard", *SMALL)
+    assert status == 0, err
+    written = tables(folder)
+    assert {name.rpartition(".")[2] for name in written} == {"csv", "md", "tex"}
+    rows = list(csv.DictReader(next(v for k, v in written.items() if k.endswith("csv")).decode().splitlines()))
+    assert {row["defense"] for row in rows} == {"digits/a", "digits/b"}
+    assert [float(row["worst_case"]) for row in rows] == sorted((float(r["worst_case"]) for r in rows), reverse=True)
+    assert all(float(row["certified"]) <= float(row["worst_case"]) <= float(row["clean"]) for row in rows)
+    again = rbl("leaderboard", *SMALL)
+    assert (again[0], again[1]) == (0, out)
+    assert again[2].count("from the store") == 2
+    assert tables(folder) == written
+    assert not (folder / "results" / "sweeps").exists()
+
+
+def test_one_failure_leaves_the_others(rbl, folder: Path, zoo: Path) -> None:
+    (zoo / "digits" / "a" / "weights.safetensors").write_bytes(b"broken")
+    status, out, err = rbl("leaderboard", *SMALL)
+    assert status == 1
+    assert "digits/b" in out
+    assert "digits/a" not in out
+    assert "failed: defense=digits/a" in err
+    assert "not the file of its card" in err
+    assert "Traceback" not in err
+    kept = list((folder / "results" / "sweeps").glob("*/job-*.json"))
+    assert any("Traceback" in path.read_text() for path in kept)
+
+
+def test_invalid_row_is_status_1(rbl, folder: Path) -> None:
+    (folder / "users_liar.py").write_text(LIAR)
+    liar = ("+suite.certifiers.liar._target_=users_liar.Liar", "suite.certifiers.ibp=null", "threat.eps=0.5")
+    for _ in range(2):
+        status, out, _ = rbl("evaluate", *NET, *SMALL, *liar)
+        assert status == 1
+        assert "invalid" in out
+
+
+LIAR = """
+from dataclasses import dataclass
+
+import torch
+
+from robustbench_lite.certify.base import Certifier
+from robustbench_lite.core.models import predict
+from robustbench_lite.core.results import Certificate, Status
+
+
+@dataclass(frozen=True)
+class Liar(Certifier):
+    kind = "deterministic"
+
+    def supports(self, threat):
+        return True
+
+    def __call__(self, model, x, y, threat, *, indices=None, generator=None):
+        prediction = predict(model, x)
+        status = torch.full_like(y, int(Status.VERIFIED), dtype=torch.int8)
+        radius = torch.full(y.shape, float(threat.eps), dtype=torch.float64)
+        samples = torch.zeros_like(y)
+        return Certificate(status, prediction == y, radius, prediction, "deterministic", 1.0, samples)
+
+    run = __call__
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["evaluate", "sede=3"], "did you mean 'seed'"),
+        (["evaluate", "suite.attacks.pgd.stps=3"], "did you mean 'steps'"),
+        (["evaluate", "defense=digits/c"], "did you mean 'digits/"),
+        (["evaluate", "data=digitz"], "did you mean 'digits'"),
+        (["evaluate", "+attack@suite.attacks.mine=pgdd"], "did you mean 'pgd'"),
+        (["evaluate", "suite=quikc"], "did you mean 'quick'"),
+        (["evaluate"], "defense=<data>/<name>"),
+        (["evaluate", "defense=ibp_training"], "objective of 'rbl train'"),
+        (["evaluate", "defense=digits/a", *NET], "not both"),
+        (["evaluate", *NET, "threat.eps=-1"], "threat: eps must be >= 0"),
+        (["evaluate", *NET, "threat.eps=8"], "8/255"),
+        (["evaluate", *NET, "suite.attacks.pgd.steps=0"], "suite.attacks.pgd: steps"),
+        (["evaluate", *NET, "mode=ful"], "mode must be one of"),
+        (["evaluate", *NET, "seed=x"], "seed must be a whole number"),
+        (["evaluate", *NET, "data=mnist"], "mnist"),
+        (["evaluate", *NET, "data=npz", "data.path=none.npz"], "threat.eps=..."),
+        (["evaluate", *NET, "data=npz", "data.path=none.npz", "threat.eps=0.1"], "none.npz"),
+        (["evaluate", "model._target_=users_net.Nett"], "did you mean 'Net'"),
+        (["evaluate", *NET, "model.weights=none.safetensors"], "none.safetensors"),
+        (["evaluate", *NET, "+model.hiden=3"], "hiden"),
+        (["leaderboard", "data=svhn"], "the zoo has no defenses for data 'svhn'"),
+        (["train", "defense=digits/a"], "trained already"),
+        (["train", "zoo=flat"], "<data>/<name>"),
+        (["verify", "store=nowhere"], "no store at nowhere"),
+        (["evalaute"], "did you mean 'evaluate'"),
+    ],
+)
+def test_errors_are_one_line(rbl, zoo: Path, arguments: list[str], expected: str) -> None:
+    status, _, err = rbl(*arguments)
+    assert status == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert expected in err

@@ -1,0 +1,107 @@
+"""Tables say what the summary says: ranked, per threat, n/a where nothing applies."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from robustbench_lite.report import rank, sheets, to_csv, to_latex, to_markdown, to_screen, write_tables
+
+NAN = float("nan")
+
+
+def summary(defense: str, worst: float, *, certified: float = NAN, eps: float = 0.1, **changes: Any) -> pd.DataFrame:
+    row: dict[str, Any] = {"dataset": "digits", "defense": defense, "fingerprint": "f", "threat": "linf", "eps": eps}
+    row |= {"seed": 0, "precision": "float32", "n": 360, "mode": "full"}
+    shares = {"clean": 0.98, "FGSM": worst + 0.01, "PGD(steps=40, loss=margin)": worst, "worst_case": worst}
+    for name, value in (shares | {"IBP": certified, "certified": certified, "certified_probabilistic": NAN}).items():
+        row |= {name: value, f"{name}_low": value - 0.0123, f"{name}_high": value + 0.0123}
+    row |= {"gap": worst - certified, "timeouts": 0, "incomplete": 0, "verdict": "doubtful", "flags": ""}
+    return pd.DataFrame([row | changes])
+
+
+def lines(sheet: Any, width: int | None = None) -> str:
+    out = io.StringIO()
+    Console(file=out, width=width or 400).print(to_screen(sheet, width))
+    return out.getvalue()
+
+
+def test_rank_is_one_more_than_the_number_of_better_rows() -> None:
+    values = {"a": 0.5, "b": 0.7, "c": 0.5, "d": 0.9, "e": 0.1}
+    rows = pd.concat([summary(name, value) for name, value in values.items()])
+    rows.loc[rows["defense"] == "d", "verdict"] = "invalid"
+    ranked = rank(rows)
+    assert list(ranked["defense"]) == ["b", "a", "c", "e", "d"]
+    better = [sum(v > values[name] for k, v in values.items() if k != "d") for name in "bace"]
+    assert list(ranked["rank"][:4]) == [1 + count for count in better]
+    assert pd.isna(ranked["rank"].iloc[4])
+
+
+def test_threats_are_never_mixed() -> None:
+    found = list(sheets([summary("a", 0.5), summary("b", 0.4, eps=0.2), summary("c", 0.6), summary("d", 0.1, n=90)]))
+    assert [sorted(sheet.frame["defense"]) for sheet in found] == [["a", "c"], ["b"], ["d"]]
+    assert len({sheet.slug for sheet in found}) == 3
+
+
+def test_not_applicable_is_never_zero() -> None:
+    (sheet,) = sheets([summary("a", 0.5), summary("b", 0.0, certified=0.0)])
+    cells = {row[1].text: dict(zip(sheet.headers, row, strict=True)) for row in sheet.rows}
+    assert cells["a"]["certified"].text == "n/a"
+    assert cells["b"]["certified"].text == "0.0"
+    assert cells["a"]["gap"].text == "n/a"
+
+
+def test_methods_of_some_rows_stand_among_their_kind() -> None:
+    other = summary("b", 0.3).rename(columns=lambda name: name.replace("FGSM", "BIM"))
+    (sheet,) = sheets([summary("a", 0.5), other])
+    assert sheet.headers[2:7] == ["clean", "FGSM", "PGD(steps=40, loss=margin)", "BIM", "robust"]
+    cells = {row[1].text: dict(zip(sheet.headers, row, strict=True)) for row in sheet.rows}
+    assert cells["a"]["BIM"].text == cells["b"]["FGSM"].text == "n/a"
+
+
+def test_csv_has_every_digit() -> None:
+    rows = [summary("a", 1 / 3), summary("b", 2 / 7, certified=0.1)]
+    (sheet,) = sheets(rows)
+    back = pd.read_csv(io.StringIO(to_csv(sheet)), keep_default_na=True)
+    for name in ("worst_case", "clean_low", "PGD(steps=40, loss=margin)_high", "gap"):
+        pd.testing.assert_series_equal(back[name], sheet.frame[name], check_exact=True, check_dtype=False)
+    assert list(back["rank"]) == [1, 2]
+
+
+def test_markdown_has_one_cell_a_column() -> None:
+    (sheet,) = sheets([summary("a|b_c", 0.5), summary("b", 0.4)])
+    table = [line for line in to_markdown(sheet).splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {len(sheet.headers) + 1}
+    assert "50.0 [48.8-51.2]" in table[2]
+
+
+def test_latex_is_escaped() -> None:
+    (sheet,) = sheets([summary("a_b & 5% #1 {x} ~^\\$", 0.5), summary("b", 0.4)])
+    text = to_latex(sheet)
+    body = text.split("\\midrule")[1].split("\\bottomrule")[0].strip().splitlines()
+    assert len(body) == 2
+    assert all(len(re.findall(r"(?<!\\)&", line)) == len(sheet.headers) - 1 for line in body)
+    assert r"a\_b \& 5\% \#1 \{x\} \textasciitilde{}\textasciicircum{}\textbackslash{}\$" in body[0]
+    assert text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
+
+
+@pytest.mark.parametrize("width", [None, 110, 80])
+def test_the_screen_shows_every_figure(width: int | None) -> None:
+    (sheet,) = sheets([summary("digits/a", 0.5), summary("b", 0.123, certified=0.1)])
+    text = lines(sheet, width)
+    figures = [cell.text for row in sheet.rows for cell in row if re.fullmatch(r"[\d.]+", cell.text)]
+    assert all(figure in text for figure in figures)
+    assert all(len(line) <= (width or 400) for line in text.splitlines())
+    assert ("48.8-51.2" in text) == (width != 80)
+
+
+def test_files(tmp_path: Any) -> None:
+    (sheet,) = sheets([summary("a", 0.5)])
+    paths = write_tables(sheet, tmp_path / "tables")
+    assert sorted(path.suffix for path in paths) == [".csv", ".md", ".tex"]
+    assert sorted((tmp_path / "tables").iterdir()) == sorted(paths)
