@@ -1,13 +1,16 @@
-"""A folder to work in with a small net of a user's, and a zoo of two untrained entries."""
+"""A folder to work in with a small net of a user's, and a zoo of two."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from robustbench_lite import load_data
 from robustbench_lite.app.main import main
@@ -15,28 +18,37 @@ from robustbench_lite.models import create_model
 from robustbench_lite.zoo import cards, save_entry
 
 NET = """
-import torch
 from torch import nn
 
 
 class Net(nn.Module):
-    def __init__(self, hidden=6):
+    def __init__(self, scale=1.0):
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(3)
-            self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, 10))
+        self.linear = nn.Linear(64, 10)
+        self.scale = scale
 
     def forward(self, x):
-        return self.body(x)
+        return self.scale * self.linear(x.flatten(1))
 """
 
 Rbl = Callable[..., tuple[int, str, str]]
 
 
+@cache
+def nearest_mean(samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of the linear classifier that chooses the nearest class mean of the first training images."""
+    data = load_data("digits", "train").head(samples)
+    flat = data.images.flatten(1)
+    means = torch.stack([flat[data.labels == k].mean(0) for k in range(10)])
+    return 2 * means, -means.square().sum(1)
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The working directory: it holds users_net.py, and nothing imported from it outlives the test."""
+    """The working directory: it holds users_net.py with its weights, and nothing imported from it outlives the test."""
     (tmp_path / "users_net.py").write_text(NET)
+    weight, bias = nearest_mean(500)
+    save_file({"linear.weight": weight, "linear.bias": bias}, tmp_path / "net.safetensors")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.delenv("RBL_DATA", raising=False)
@@ -60,19 +72,28 @@ def rbl(folder: Path, capsys: pytest.CaptureFixture[str]) -> Rbl:
     return run
 
 
-@pytest.fixture
-def zoo(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The package's zoo is this folder for the time of a test: digits/a and digits/b."""
+@pytest.fixture(scope="session")
+def small_zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A zoo of two entries: digits/a and digits/b."""
     root = tmp_path_factory.mktemp("zoo")
-    monkeypatch.setattr(cards, "ROOT", root)
     data = load_data("digits").head(20)
-    for seed, name in enumerate(("digits/a", "digits/b")):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = {"name": "mlp", "hidden": [6], "image_size": 8}
-            net = create_model("mlp", hidden=[6], image_size=8).eval()
+    for samples, name in ((1000, "digits/a"), (60, "digits/b")):
+        model = {"name": "mlp", "hidden": [], "image_size": 8}
+        net = create_model("mlp", hidden=[], image_size=8).eval()
+        with torch.no_grad():
+            for parameter, value in zip(net.parameters(), nearest_mean(samples), strict=True):
+                parameter.copy_(value)
         save_entry(
-            name, net, description=f"nothing, seed {seed}", source="none", data=data, model=model,
-            command="rbl train", seed=seed, epochs=0, hours=0, figures={}, root=root,
+            name, net, description=f"the nearest of ten means over {samples} images", source="none", data=data,
+            model=model, command="rbl train", seed=0, epochs=0, hours=0, figures={}, root=root,
         )  # fmt: skip
+    return root
+
+
+@pytest.fixture
+def zoo(small_zoo: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The package's zoo is a copy of the small one for the time of a test."""
+    root = tmp_path_factory.mktemp("copy") / "zoo"
+    shutil.copytree(small_zoo, root)
+    monkeypatch.setattr(cards, "ROOT", root)
     return root

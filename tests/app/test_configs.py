@@ -74,7 +74,7 @@ def test_models_fit_the_data(name: str, shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("name", registry.groups("data"))
 def test_data_composes_for_every_command(name: str) -> None:
     path = [WITH_A_PATH[name]] if name in WITH_A_PATH else []
-    for command in ("evaluate", "train", "leaderboard"):
+    for command in ("evaluate", "train"):
         assert composed(command, f"data={name}", *path).data._target_
 
 

@@ -28,7 +28,7 @@ def test_without_a_group_the_groups(rbl) -> None:
 def test_the_zoo_is_listed(rbl, zoo) -> None:
     out = rbl("list", "defenses")[1]
     assert "digits/a" in out
-    assert "nothing, seed 1" in out
+    assert "ten means over 60 images" in out
     assert "ibp_training" in out
 
 

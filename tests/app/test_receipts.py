@@ -16,7 +16,10 @@ from hydra import compose, initialize_config_module
 
 from robustbench_lite.app import digests, hydra_app, jobs
 
-NET = ("model._target_=users_net.Net", "limit=20", "suite.attacks.pgd.steps=3", "suite.attacks.random_noise.draws=2")
+NET = (
+    "model._target_=users_net.Net", "model.weights=net.safetensors", "limit=20",
+    "suite.attacks.pgd=null", "suite.attacks.random_noise=null",
+)  # fmt: skip
 
 
 def config(*overrides: str) -> dict[str, Any]:
@@ -38,7 +41,7 @@ def test_the_key_covers_what_the_answer_depends_on(plain: dict[str, Any], folder
     assert jobs.key_of(copy.deepcopy(plain)) in keys
 
     changed = copy.deepcopy(plain)
-    changed["suite"]["attacks"]["pgd"]["steps"] = 4
+    changed["suite"]["attacks"]["fgsm"]["loss"] = "margin"
     keys.add(jobs.key_of(changed))
     (folder / "w.safetensors").write_bytes(b"WEIGHTS")
     keys.add(jobs.key_of(plain))

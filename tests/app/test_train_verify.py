@@ -10,7 +10,8 @@ from safetensors.numpy import load_file, save_file
 from robustbench_lite.zoo import card, load_defense, names
 
 TRAIN = ("train", "model=mlp", "model.hidden=[8]", "limit=200", "epochs=1", "progress=false", "device=cpu")
-SMALL = ("suite.attacks.pgd.steps=3", "suite.attacks.random_noise.draws=2", "limit=20", "threat.eps=0.2")
+NET = ("model._target_=users_net.Net", "model.weights=net.safetensors")
+SMALL = ("suite.attacks.pgd=null", "suite.attacks.random_noise=null", "limit=20", "threat.eps=0.2")
 
 
 def test_trained_weights_are_evaluated(rbl, folder: Path) -> None:
@@ -68,7 +69,7 @@ def test_a_killed_training_goes_on(rbl, folder: Path, monkeypatch: pytest.Monkey
 
 
 def test_verify(rbl, folder: Path) -> None:
-    assert rbl("evaluate", "model._target_=users_net.Net", *SMALL)[0] == 0
+    assert rbl("evaluate", *NET, *SMALL)[0] == 0
     status, out, err = rbl("verify")
     assert status == 0, out + err
     assert "all of it holds" in out
@@ -84,7 +85,7 @@ def test_verify(rbl, folder: Path) -> None:
 
 
 def test_verify_without_the_model(rbl, folder: Path) -> None:
-    assert rbl("evaluate", "model._target_=users_net.Net", *SMALL)[0] == 0
+    assert rbl("evaluate", *NET, *SMALL)[0] == 0
     for receipt in (folder / "results" / "receipts").iterdir():
         receipt.unlink()
     status, out, _ = rbl("verify")
