@@ -26,6 +26,14 @@ class TableCallback(Callback):
     is 1 if a job failed or a row is invalid.
     """
 
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Refuse a sweep that would keep nothing to make a table of."""
+        with report_errors() as outcome:
+            if not config.store:
+                raise ValueError("a sweep needs a store, from which its table is made: give store=DIR")
+        if outcome.status:
+            raise SystemExit(outcome.status)
+
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Show and write the tables, then name the jobs that failed."""
         with report_errors() as outcome:

@@ -78,6 +78,8 @@ def job(config: DictConfig, command: str) -> int:
         torch.default_generator.manual_seed(plain["seed"])
         net = building.net(node, samples)
     checkpoint = _checkpoint(plain)
+    if checkpoint.exists():
+        print(f"going on from {checkpoint}", file=sys.stderr)
     start = time.perf_counter()
     defense = train(
         net,

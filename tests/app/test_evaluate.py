@@ -52,6 +52,25 @@ def test_attacks_are_added_and_changed(rbl) -> None:
     assert "steps=2" in out
 
 
+def test_configs_of_the_users(rbl, folder: Path) -> None:
+    (folder / "conf" / "attack").mkdir(parents=True)
+    (folder / "conf" / "attack" / "mine.yaml").write_text("_target_: robustbench_lite.attacks.BIM\nsteps: 4\n")
+    mine = (f"hydra.searchpath=[file://{folder}/conf]", "+attack@suite.attacks.mine=mine")
+    status, out, _ = rbl("evaluate", *NET, *SMALL, *mine)
+    assert status == 0
+    assert "BIM" in out
+
+
+def test_without_a_store(rbl, folder: Path) -> None:
+    status, out, _ = rbl("evaluate", *NET, *SMALL, "store=null")
+    assert status == 0
+    assert "Net" in out
+    status, _, err = rbl("evaluate", "--multirun", *NET, *SMALL, "store=null")
+    assert status == 2
+    assert "needs a store" in err
+    assert {path.name for path in folder.iterdir()} <= {"users_net.py", "net.safetensors", "__pycache__"}
+
+
 def test_leaderboard(rbl, folder: Path, zoo: Path) -> None:
     status, out, err = rbl("leaderboard", *SMALL)
     assert status == 0, err
