@@ -49,13 +49,13 @@ def _finish(folder: Path, store: Path) -> int:
             failed.append((ended.name, ended.error or "its rows are no longer in the store"))
         else:
             summaries.append(table_of(report))
-    written = []
+    screen = console()
     for sheet in sheets(summaries):
         show_sheet(sheet)
-        written += write_tables(sheet, store / "tables")
-    if written:
-        shown = ", ".join(path.as_posix() for path in written)
-        console().print(f"written: {shown}", style="dim", highlight=False, soft_wrap=True)
+        paths = write_tables(sheet, store / "tables")
+        endings = ",".join(path.suffix.removeprefix(".") for path in paths)
+        stem = paths[0].with_suffix("").as_posix()
+        screen.print(f"written: {stem}.{{{endings}}}", style="dim", highlight=False, soft_wrap=True)
     for name, error in failed:
         print(f"failed: {name}: {error}", file=sys.stderr)
     if failed:
