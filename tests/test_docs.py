@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import runpy
 import sys
 import types
 from pathlib import Path
 
+import pytest
 import torch
 
 from robustbench_lite.core.models import predict
@@ -34,3 +36,16 @@ def test_the_attack_of_the_walkthrough_attacks(net, images):
     assert result.success.any()
     assert result.forwards.max() <= 4
     assert torch.equal(predict(net, result.x_adv) != predict(net, images), result.success)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/evaluate-my-model.md"])
+def test_the_snippets_run(page, capsys):
+    found = blocks(page, "python")
+    assert found
+    for number, code in enumerate(found):
+        exec(compile(code, f"{page}, snippet {number}", "exec"), {"__name__": "snippet"})
+
+
+def test_the_table_of_methods_is_that_of_the_registry():
+    page = runpy.run_path(str(ROOT / "docs" / "methods.py"))["page"]()
+    assert (ROOT / "docs" / "methods.md").read_text() == page, "run: python docs/methods.py > docs/methods.md"
