@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from robustbench_lite.core.checks import check_images, check_labels
+from robustbench_lite.core.checks import check_images, check_indices, check_labels
 from robustbench_lite.core.goals import Goal, as_goal
 from robustbench_lite.core.models import Model
 from robustbench_lite.core.oracle import Access, Oracle, Stop
@@ -90,41 +90,46 @@ class Attack(ABC):
             ValueError: a threat that this attack does not support, or images, labels, indices or budgets out of range.
         """
         goal = as_goal(goal)
+        if not callable(model):
+            raise TypeError(f"a model is a callable from images to logits, got {type(model).__name__}")
         self._check(x, goal, threat, max_queries, stop, indices)
         names = torch.arange(len(x)) if indices is None else indices
+        x = x.detach()
         streams = Streams.from_generator(generator, names, x.device)
         with Oracle(
             model, x, goal, threat, view=view, access=self.access, max_queries=max_queries, stop=stop
         ) as oracle:
             if len(x):
-                clean = oracle.standing(oracle.judge_cost)
-                oracle.judge(oracle.best[clean], clean)
+                oracle.judge_clean()
                 self._rejudge(oracle, self.run(oracle, x, goal, threat, streams))
         return _result(oracle)
 
     def _check(
         self, x: Tensor, goal: Goal, threat: Threat, max_queries: int | None, stop: str, indices: Tensor | None
     ) -> None:
+        if not isinstance(threat, Threat):
+            raise TypeError(f"a threat is Lp('linf', 0.3), RotationTranslation() ..., got {threat!r}")
         if not self.supports(threat):
             raise ValueError(f"{self} does not support the threat {threat}")
         check_images(x, threat.bounds)
         check_labels(goal.labels, x)
+        threat.check_fits(x)
         if stop not in ("success", "never"):
             raise ValueError(f"stop must be 'success' or 'never', got {stop!r}")
         if max_queries is not None and max_queries < 1:
             raise ValueError(f"max_queries must be at least 1 (the clean check), got {max_queries}")
-        if indices is not None and indices.shape != x.shape[:1]:
-            raise ValueError(f"indices must have shape ({len(x)},), one for each image, got {tuple(indices.shape)}")
+        if indices is not None:
+            check_indices(indices, x)
 
     @staticmethod
     def _rejudge(oracle: Oracle, points: Tensor) -> None:
         """Judge returned points that the oracle has not kept itself."""
         if points.shape != oracle.best.shape:
             raise ValueError(f"run must return points of shape {tuple(oracle.best.shape)}, got {tuple(points.shape)}")
-        rows = oracle.standing(oracle.judge_cost)
+        rows = oracle.standing()
         rows = rows[(points[rows] != oracle.best[rows]).flatten(1).any(dim=1)]
         if len(rows):
-            oracle.judge(points[rows].detach(), rows)
+            oracle.labels(points[rows].detach(), rows)
 
 
 def _result(oracle: Oracle) -> AttackResult:

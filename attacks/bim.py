@@ -39,7 +39,7 @@ class BIM(Attack):
     """
 
     steps: int = 10
-    step_size: float | None = None
+    step_size: float | str | None = None
     loss: str = "ce"
     density: float = 0.05
 

@@ -39,7 +39,7 @@ class FGSM(Attack):
         ValueError: a hyper-parameter out of range.
     """
 
-    step_size: float | None = None
+    step_size: float | str | None = None
     random_start: bool = False
     loss: str = "ce"
     density: float = 0.05

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from robustbench_lite.core.checks import parse_number
 from robustbench_lite.core.losses import Loss
 from robustbench_lite.core.oracle import Oracle
 from robustbench_lite.core.threats import Lp, Threat
@@ -43,15 +44,15 @@ class Ascent:
     loss: Loss
     steps: int
     path: float
-    step_size: float | None = None
+    step_size: float | str | None = None
     density: float | None = None
     estimator: Estimator = autograd
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if self.step_size is not None and not self.step_size > 0:
-            raise ValueError(f"step_size must be > 0, got {self.step_size}; for pixel units divide by 255")
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"steps must be a whole number, at least 1, got {self.steps!r}")
+        if self.step_size is not None and not parse_number(self.step_size) > 0:
+            raise ValueError(f"step_size must be > 0, got {self.step_size}; for pixel units write '2/255'")
         if self.density is not None and not 0 < self.density <= 1:
             raise ValueError(f"density must be in (0, 1], got {self.density}")
 
@@ -75,5 +76,6 @@ class Ascent:
     @torch.no_grad()
     def _step(self, x: Tensor, threat: Lp, points: Tensor, gradient: Tensor) -> Tensor:
         direction = threat.steepest(gradient, self.density, at=points)
-        length = self.path / self.steps * threat.radius(x) if self.step_size is None else self.step_size
+        share = self.path / self.steps
+        length = share * threat.radius(x) if self.step_size is None else parse_number(self.step_size)
         return threat.project(points + length * direction, x)

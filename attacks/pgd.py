@@ -43,7 +43,7 @@ class PGD(Attack):
     """
 
     steps: int = 40
-    step_size: float | None = None
+    step_size: float | str | None = None
     restarts: int = 1
     random_start: bool = True
     loss: str = "ce"
@@ -51,8 +51,8 @@ class PGD(Attack):
 
     def __post_init__(self) -> None:
         self.ascent()
-        if self.restarts < 1:
-            raise ValueError(f"restarts must be at least 1, got {self.restarts}")
+        if not isinstance(self.restarts, int) or self.restarts < 1:
+            raise ValueError(f"restarts must be a whole number, at least 1, got {self.restarts!r}")
         if self.restarts > 1 and not self.random_start:
             raise ValueError(f"{self.restarts} restarts from the clean image would all be the same: use random_start")
 

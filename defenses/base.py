@@ -147,6 +147,8 @@ class Wrapper(nn.Module, ABC):
         """Return the deployed labels, int64 (B,): a class, `ABSTAIN` (-1), or `INVALID` (-2) where not finite."""
         return labels_of(self(x))
 
+    predict.is_argmax = True  # type: ignore[attr-defined]  # one forward pass serves logits and labels
+
     def attack_view(self, samples: int = 1) -> nn.Module:
         """Return what a knowing attacker differentiates; `samples` is the number of draws of an average over noise.
 

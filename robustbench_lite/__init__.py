@@ -31,7 +31,16 @@ _HOMES = {
     "load_defense": "zoo",
 }
 
-__all__ = ["Deformation", "Lp", "RotationTranslation", "Targeted", "Untargeted", "evaluate", "load_data", "load_defense"]
+__all__ = [
+    "Deformation",
+    "Lp",
+    "RotationTranslation",
+    "Targeted",
+    "Untargeted",
+    "evaluate",
+    "load_data",
+    "load_defense",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,16 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_images", "check_labels", "check_logits", "explain_mismatch", "parse_number"]
+__all__ = [
+    "check_images",
+    "check_indices",
+    "check_labels",
+    "check_logits",
+    "check_predictions",
+    "check_untouched",
+    "explain_mismatch",
+    "parse_number",
+]
 
 
 def parse_number(value: float | int | str) -> float:
@@ -19,7 +28,7 @@ def parse_number(value: float | int | str) -> float:
     """
     try:
         number = float(Fraction(value.replace(" ", ""))) if isinstance(value, str) else float(value)
-    except (ValueError, ZeroDivisionError):
+    except (TypeError, ValueError, ZeroDivisionError):
         raise ValueError(f"expected a number or a fraction such as '8/255', got {value!r}") from None
     if not math.isfinite(number):
         raise ValueError(f"expected a finite number, got {value!r}")
@@ -69,8 +78,21 @@ def check_labels(y: Tensor, x: Tensor, num_classes: int | None = None) -> None:
         return
     low, high = (int(v) for v in torch.aminmax(y))
     if low < 0 or (num_classes is not None and high >= num_classes):
-        top = "" if num_classes is None else f" .. {num_classes - 1}"
-        raise ValueError(f"labels must be in 0{top}, got {low} .. {high}")
+        expected = "at least 0" if num_classes is None else f"in 0 .. {num_classes - 1}"
+        raise ValueError(f"labels must be {expected}, got {low} .. {high}")
+
+
+def check_indices(indices: Tensor, x: Tensor) -> None:
+    """Check that `indices` name the images `x` (B, C, H, W) for their random streams: whole numbers (B,).
+
+    Raises:
+        TypeError: not an int64 tensor.
+        ValueError: another shape.
+    """
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+        raise TypeError(f"indices must be an int64 tensor, got {getattr(indices, 'dtype', type(indices).__name__)}")
+    if indices.shape != x.shape[:1]:
+        raise ValueError(f"indices must have shape ({len(x)},), one for each image, got {tuple(indices.shape)}")
 
 
 def check_logits(logits: Tensor, x: Tensor) -> None:
@@ -85,6 +107,29 @@ def check_logits(logits: Tensor, x: Tensor) -> None:
         raise TypeError(f"a model must return floating-point logits (B, K), got {came}")
     if logits.ndim != 2 or len(logits) != len(x):
         raise ValueError(f"a model must return logits of shape ({len(x)}, K), got {tuple(logits.shape)}")
+
+
+def check_predictions(labels: Tensor, x: Tensor) -> None:
+    """Check that a model's own `predict` answered images `x` (B, C, H, W) with labels int64 (B,).
+
+    Raises:
+        TypeError: the answer is not an int64 tensor.
+        ValueError: the answer has another shape.
+    """
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        raise TypeError(f"predict must return int64 labels, got {getattr(labels, 'dtype', type(labels).__name__)}")
+    if labels.shape != x.shape[:1]:
+        raise ValueError(f"predict must return labels of shape ({len(x)},), got {tuple(labels.shape)}")
+
+
+def check_untouched(x: Tensor, version: int) -> None:
+    """Check that a forward pass left its input alone; `version` is `x._version` from before it.
+
+    Raises:
+        ValueError: the input was changed in place, so that nobody would know which image the answer belongs to.
+    """
+    if x._version != version:
+        raise ValueError("the model changes its input in place: write x = x - mean, not x -= mean")
 
 
 def explain_mismatch(model: object, x: Tensor) -> str | None:

@@ -46,5 +46,13 @@ Goal = Untargeted | Targeted
 
 
 def as_goal(goal: Goal | Tensor) -> Goal:
-    """Return `goal` itself, or `Untargeted(goal)` for a label tensor."""
-    return Untargeted(goal) if isinstance(goal, Tensor) else goal
+    """Return `goal` itself, or `Untargeted(goal)` for a label tensor.
+
+    Raises:
+        TypeError: neither a goal nor a tensor.
+    """
+    if isinstance(goal, Tensor):
+        return Untargeted(goal)
+    if not isinstance(goal, Untargeted | Targeted):
+        raise TypeError(f"a goal is Untargeted(y), Targeted(t) or a label tensor, got {type(goal).__name__}")
+    return goal

@@ -14,7 +14,7 @@ Model = Callable[[Tensor], Tensor]
 ABSTAIN = -1  # predict's label for "no answer": a detector's rejection, or a vote without a winner
 INVALID = -2  # the logits had a NaN or an infinity: the model's error, counted as broken
 
-__all__ = ["ABSTAIN", "INVALID", "Model", "frozen", "is_stochastic", "labels_of", "predict", "rejects"]
+__all__ = ["ABSTAIN", "INVALID", "Model", "frozen", "is_stochastic", "labels_of", "own_predict", "predict", "rejects"]
 
 
 def labels_of(logits: Tensor) -> Tensor:
@@ -22,14 +22,23 @@ def labels_of(logits: Tensor) -> Tensor:
     return torch.where(logits.isfinite().all(dim=1), logits.argmax(dim=1), INVALID)
 
 
+def own_predict(model: Model) -> Callable[[Tensor], Tensor] | None:
+    """Return the model's own `predict`; None where the largest logit decides.
+
+    A `predict` that is by definition the largest logit says so by the attribute `is_argmax`, as a wrapper's default
+    does: one forward pass then gives logits and answer.
+    """
+    own = getattr(model, "predict", None)
+    return own if callable(own) and not getattr(own, "is_argmax", False) else None
+
+
 def predict(model: Model, x: Tensor) -> Tensor:
     """Return the deployed model's labels, int64 (B,), for images (B, C, H, W).
 
     A defense's own `predict` decides where there is one (it may answer `ABSTAIN`); otherwise the largest logit does.
     """
-    own = getattr(model, "predict", None)
-    labels: Tensor = own(x) if callable(own) else labels_of(model(x))
-    return labels
+    own = own_predict(model)
+    return labels_of(model(x)) if own is None else own(x)
 
 
 def is_stochastic(model: Model) -> bool:

@@ -58,7 +58,8 @@ class _L2:
     dual = "l2"
 
     def size(self, d: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(_rows(d), dim=1)
+        length: Tensor = torch.linalg.vector_norm(_rows(d), dim=1)
+        return length
 
     def project(self, d: Tensor, eps: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Project exactly on ball and box: clip(t d), with t in [0, 1] as large as the ball allows.

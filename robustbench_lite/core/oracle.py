@@ -14,11 +14,17 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from robustbench_lite.core.checks import check_labels, check_logits, explain_mismatch
+from robustbench_lite.core.checks import (
+    check_labels,
+    check_logits,
+    check_predictions,
+    check_untouched,
+    explain_mismatch,
+)
 from robustbench_lite.core.goals import Goal
 from robustbench_lite.core.incumbent import Incumbent
 from robustbench_lite.core.losses import Loss, margin
-from robustbench_lite.core.models import Model, frozen, is_stochastic, labels_of, rejects
+from robustbench_lite.core.models import Model, frozen, is_stochastic, labels_of, own_predict, rejects
 from robustbench_lite.core.threats import Threat
 
 __all__ = ["Access", "AccessDeniedError", "Oracle", "OutOfBudgetError", "Stop"]
@@ -68,6 +74,7 @@ class Oracle:
         forwards: int64 (B,) forward passes spent on each sample, those that judge candidates included.
         backwards: int64 (B,) backward passes spent on each sample.
         found: the best point of each sample, and which samples have fallen.
+        stochastic: whether the model declares that two calls may differ.
         verdict: bool (n,) which candidates of the last question fooled the deployed model, inside the threat or not.
     """
 
@@ -91,10 +98,10 @@ class Oracle:
         self.backwards = self.forwards.clone()
         self.verdict = torch.zeros(0, dtype=torch.bool, device=x.device)
         self._model, self._view = model, model if view is None else view
-        self._own_predict: Callable[[Tensor], Tensor] | None = getattr(model, "predict", None)
+        self._own_predict = own_predict(model)
         self._one_pass = self._view is model and self._own_predict is None  # logits serve loss, success and gradient
         self._view_cost = int(getattr(self._view, "cost", 1))
-        self._stochastic, self._rejects = is_stochastic(model), rejects(model)
+        self.stochastic, self._rejects = is_stochastic(model), rejects(model)
         self._chunk_size = chunk_size
         self._labels_checked = False
         self._context = ExitStack()
@@ -223,7 +230,9 @@ class Oracle:
         return top.values, top.indices
 
     def labels(self, points: Tensor, rows: Tensor, *, candidate: bool = True) -> Tensor:
-        """Return the deployed model's answers, int64 (n,): one forward pass. Of two failures the first is kept.
+        """Return the deployed model's answers, int64 (n,): one forward pass.
+
+        A candidate that fails ranks below any whose loss is known, and above the clean input.
 
         Raises:
             OutOfBudgetError: a row cannot pay.
@@ -231,8 +240,14 @@ class Oracle:
         self._pay(rows, 1)
         labels = self._predict(points, rows)
         if candidate:
-            self._judge(points, rows, labels, torch.zeros(len(rows), device=rows.device))
+            self._judge(points, rows, labels, self._constant(rows, torch.finfo(torch.float64).min))
         return labels
+
+    def judge_clean(self) -> None:
+        """Judge the clean inputs: one forward pass each. As failures they rank below every candidate."""
+        rows = self.standing()
+        self._pay(rows, 1)
+        self._judge(self.best, rows, self._predict(self.best, rows), self._constant(rows, -torch.inf))
 
     def judge(self, points: Tensor, rows: Tensor, loss: Loss = margin) -> None:
         """Offer candidates and nothing else; the question that the access level allows is the one that is asked."""
@@ -245,6 +260,10 @@ class Oracle:
     def judge_cost(self) -> int:
         """Forward passes of one `judge`."""
         return self.scores_cost if self.access >= Access.SCORES else 1
+
+    @staticmethod
+    def _constant(rows: Tensor, value: float) -> Tensor:
+        return torch.full((len(rows),), value, dtype=torch.float64, device=rows.device)
 
     def _scores(self, points: Tensor, rows: Tensor, loss: Loss, aim: Goal | None, candidate: bool) -> Tensor:
         self._pay(rows, self.scores_cost if candidate else 1)
@@ -261,7 +280,7 @@ class Oracle:
 
     def _judge(self, points: Tensor, rows: Tensor, labels: Tensor, value: Tensor) -> None:
         success = self.goal.take(rows).achieved(labels, self._rejects)
-        if self._stochastic:
+        if self.stochastic:
             success = self._majority(points, rows, success)
         self.verdict = success
         self.found.offer(points, rows, success, value, self.forwards[rows])
@@ -283,7 +302,12 @@ class Oracle:
         def ask(part: slice) -> tuple[Tensor, ...]:
             if self._own_predict is None:
                 return (labels_of(self._logits(self._model, points[part], rows[part])),)
-            return (self._own_predict(self._image(points[part], rows[part])),)
+            images = self._image(points[part], rows[part])
+            version = images._version
+            labels = self._own_predict(images)
+            check_untouched(images, version)
+            check_predictions(labels, images)
+            return (labels,)
 
         with torch.no_grad():
             return self._in_chunks(ask, len(rows))[0]
@@ -293,13 +317,17 @@ class Oracle:
 
     def _logits(self, model: Model, points: Tensor, rows: Tensor) -> Tensor:
         images = self._image(points, rows)
+        version = images._version
         try:
             logits = model(images)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             mismatch = explain_mismatch(model, images)
             if mismatch is None:
                 raise
             raise ValueError(mismatch) from error
+        check_untouched(images, version)
         check_logits(logits, images)
         if not self._labels_checked:  # the first answer tells the number of classes
             check_labels(self.goal.labels, self.x, logits.shape[1])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from robustbench_lite.core.checks import parse_number
 from robustbench_lite.core.rng import Streams
-from robustbench_lite.core.threats import TOLERANCE, Threat
+from robustbench_lite.core.threats import TOLERANCE, Threat, ordered_bounds
 
 __all__ = ["Deformation", "ParametricThreat", "RotationTranslation"]
 
@@ -88,7 +88,7 @@ class RotationTranslation(ParametricThreat):
     def __post_init__(self) -> None:
         object.__setattr__(self, "degrees", _budget(self.degrees, "degrees"))
         object.__setattr__(self, "pixels", _budget(self.pixels, "pixels"))
-        object.__setattr__(self, "bounds", tuple(parse_number(b) for b in self.bounds))
+        object.__setattr__(self, "bounds", ordered_bounds(self.bounds))
 
     @property
     def name(self) -> str:
@@ -167,7 +167,7 @@ class Deformation(ParametricThreat):
     def __post_init__(self) -> None:
         object.__setattr__(self, "pixels", _budget(self.pixels, "pixels"))
         object.__setattr__(self, "smoothness", _budget(self.smoothness, "smoothness"))
-        object.__setattr__(self, "bounds", tuple(parse_number(b) for b in self.bounds))
+        object.__setattr__(self, "bounds", ordered_bounds(self.bounds))
 
     @property
     def name(self) -> str:

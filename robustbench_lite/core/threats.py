@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -15,7 +17,7 @@ from robustbench_lite.core.errors import lookup
 from robustbench_lite.core.norms import NORMS
 from robustbench_lite.core.rng import Streams
 
-__all__ = ["TOLERANCE", "Lp", "Threat"]
+__all__ = ["TOLERANCE", "Lp", "Threat", "ordered_bounds"]
 
 TOLERANCE = 1e-6  # membership is decided in float64 up to this, times eps where eps > 1
 
@@ -39,6 +41,13 @@ class Threat(ABC):
     @abstractmethod
     def size(self) -> float | None:
         """The budget as one number; None for a minimum-norm threat, NaN for one budget a sample."""
+
+    def check_fits(self, x: Tensor) -> None:  # noqa: B027  (most budgets fit all images)
+        """Check that the budget makes sense for images `x` (B, C, H, W).
+
+        Raises:
+            ValueError: it does not.
+        """
 
     @abstractmethod
     def take(self, keep: Tensor) -> Self:
@@ -69,6 +78,18 @@ class Threat(ABC):
         """Return one random point of the threat for each image."""
 
 
+def ordered_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+    """Return (low, high) as numbers.
+
+    Raises:
+        ValueError: not two finite numbers in this order.
+    """
+    pair = tuple(bounds) if isinstance(bounds, Iterable) and not isinstance(bounds, str) else (bounds,)
+    if len(pair) != 2 or not parse_number(pair[0]) < parse_number(pair[1]):
+        raise ValueError(f"bounds must be (low, high) with low < high, got {bounds}")
+    return parse_number(pair[0]), parse_number(pair[1])
+
+
 @dataclass(frozen=True)
 class Lp(Threat):
     """All images within `eps` of the clean one in an Lp norm, and within the image bounds.
@@ -89,11 +110,8 @@ class Lp(Threat):
     bounds: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        lookup(self.norm, NORMS, "norm")
-        low, high = (parse_number(bound) for bound in self.bounds)
-        if not low < high:
-            raise ValueError(f"bounds must be (low, high) with low < high, got {tuple(self.bounds)}")
-        object.__setattr__(self, "bounds", (low, high))
+        lookup(str(self.norm), NORMS, "norm")
+        object.__setattr__(self, "bounds", ordered_bounds(self.bounds))
         if self.eps is not None and not isinstance(self.eps, Tensor):
             object.__setattr__(self, "eps", parse_number(self.eps))
         self._check_eps()
@@ -135,7 +153,11 @@ class Lp(Threat):
 
     def take(self, keep: Tensor) -> Self:
         """Return the threat of these rows."""
-        return replace(self, eps=self.eps[keep.to(self.eps.device)]) if isinstance(self.eps, Tensor) else self
+        if not isinstance(self.eps, Tensor):
+            return self
+        part = copy.copy(self)  # not `replace`, which would check the values again, at the price of a host sync
+        object.__setattr__(part, "eps", self.eps[keep.to(self.eps.device)])
+        return part
 
     def radius(self, x: Tensor) -> Tensor:
         """Return eps in the dtype and on the device of `x`, broadcastable: (B, 1, 1, 1) or (1, 1, 1, 1).
@@ -145,10 +167,26 @@ class Lp(Threat):
         """
         if self.eps is None:
             raise ValueError("this needs a budget: give the threat an eps (None is for minimum-norm attacks)")
-        eps = torch.as_tensor(self.eps, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)
-        if len(eps) not in (1, len(x)):
-            raise ValueError(f"eps must have one value for each of the {len(x)} images, got {len(eps)}")
-        return eps
+        if isinstance(self.eps, Tensor) and len(self.eps) != len(x):
+            raise ValueError(f"eps must have one value for each of the {len(x)} images, got {len(self.eps)}")
+        return torch.as_tensor(self.eps, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)
+
+    def check_fits(self, x: Tensor) -> None:
+        """Check that there is one eps for each image, and none wider than the image range.
+
+        Raises:
+            ValueError: another number of values, or a radius that holds every image (pixel units by mistake).
+        """
+        if self.eps is None or len(x) == 0:
+            return
+        widest, count = float(self.radius(x).max()), x.shape[1:].numel()
+        span, pixels = self.bounds[1] - self.bounds[0], count // max(1, x.shape[1])
+        whole = {"linf": span, "l2": span * math.sqrt(count), "l1": span * count, "l0": float(pixels)}[self.norm]
+        if widest > whole * (1 + 1e-6):
+            raise ValueError(
+                f"{self.norm} eps {widest:g} is wider than the whole image range ({whole:g} for these images); "
+                "for pixel units divide by 255"
+            )
 
     def _reach(self, x: Tensor) -> Tensor:
         """Return eps less the room that rounding needs, so that x + d, rounded, is within eps in real arithmetic.
@@ -167,7 +205,7 @@ class Lp(Threat):
         reach = torch.full_like(x, self.bounds[1] - self.bounds[0]) if self.norm == "l0" else self.radius(x)
         if self.norm == "l0":
             reach = torch.where(self.radius(x) >= 1, reach, 0)
-        return (x - reach).clamp_min(self.bounds[0]), (x + reach).clamp_max(self.bounds[1])
+        return (x - reach).clamp(*self.bounds), (x + reach).clamp(*self.bounds)
 
     def apply(self, x: Tensor, point: Tensor) -> Tensor:
         """Return the points: they are images."""

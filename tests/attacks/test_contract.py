@@ -228,6 +228,54 @@ def test_a_bigger_budget_of_the_threat_never_hurts(attack, threat, net, images, 
     assert large > 1
 
 
+@pytest.mark.parametrize("loss", ["ce", "margin", "dlr"])
+@pytest.mark.parametrize("targeted", [False, True])
+def test_stop_never_moves_every_sample(loss, targeted, net, images):
+    """The clean input is no candidate: its loss is another one than the attack's."""
+    from robustbench_lite.attacks import PGD
+
+    y = predict(net, images)
+    goal = Targeted((y + 1) % 4) if targeted else y
+    result = PGD(steps=5, loss=loss)(net, images, goal, Lp("linf", 0.05), stop="never")
+    assert ((result.x_adv != images).flatten(1).any(dim=1)).all()
+
+
+class Wrapped(nn.Module):
+    """A defense whose own predict decides; the counterpart of a plain net."""
+
+    def __init__(self, net, argmax):
+        super().__init__()
+        self.net, self.asked = net, 0
+        if argmax:
+            self.predict = lambda x: predict(net, x)
+            self.predict.is_argmax = True
+
+    def forward(self, x):
+        self.asked += len(x)
+        return self.net(x)
+
+    def predict(self, x):
+        self.asked += len(x)
+        return predict(self.net, x)
+
+
+@every_case
+@pytest.mark.parametrize("argmax", [False, True])
+def test_a_model_with_its_own_predict_is_judged_by_it(attack, threat, argmax, net, images, y):
+    if isinstance(attack, FoolboxAttack) and threat.size is None:
+        pytest.skip("covered with a budget; sample by sample it takes long")
+    wrapped = Wrapped(net, argmax)
+    result = attack(wrapped, images[:4], y[:4], threat, max_queries=30, generator=generator())
+    assert result.forwards.sum() == wrapped.asked
+    assert result.forwards.max() <= 30
+    assert torch.equal(predict(net.eval(), result.x_adv) != y[:4], result.success)
+    only_clean = attack(wrapped, images[:4], y[:4], threat, max_queries=1)
+    assert only_clean.success.tolist() == [True, False, False, False]
+    if argmax:
+        plain = attack(net, images[:4], y[:4], threat, max_queries=30, generator=generator())
+        assert torch.equal(plain.forwards, result.forwards)
+
+
 def test_stop_never_keeps_a_loss_at_least_as_high(net, images, y):
     from robustbench_lite.attacks import PGD
     from robustbench_lite.core.goals import Untargeted
@@ -255,12 +303,15 @@ def test_bad_calls_say_what_is_wrong(net, images, y):
         (PGD(), (net, images, y, Lp("linf", 0.1)), {"max_queries": 0}, "max_queries must be at least 1"),
         (PGD(), (net, images, y, Lp("linf", 0.1)), {"indices": torch.arange(3)}, "indices must have shape"),
         (FGSM(), (net, images, y, RotationTranslation()), {}, "does not support"),
+        (PGD(), (net, images, y, Lp("linf", torch.full((9,), 0.1))), {}, "one value for each of the 12 images, got 9"),
+        (PGD(), (net, images, y, Lp("linf", torch.full((15,), 0.1))), {}, "one value for each of the 12 images"),
+        (PGD(), (net, images, y, Lp("l2", 128)), {}, "divide by 255"),
     ]:
         with pytest.raises(ValueError, match=message):
             attack(*arguments, **options)
     for build, message in [
-        (lambda: PGD(steps=0), "steps must be at least 1"),
-        (lambda: PGD(restarts=0), "restarts must be at least 1"),
+        (lambda: PGD(steps=0), "steps must be a whole number"),
+        (lambda: PGD(restarts=0), "restarts must be a whole number"),
         (lambda: PGD(step_size=-1), "step_size must be > 0"),
         (lambda: PGD(restarts=2, random_start=False), "would all be the same"),
         (lambda: PGD(loss="cee"), "did you mean 'ce'"),
@@ -269,6 +320,26 @@ def test_bad_calls_say_what_is_wrong(net, images, y):
     ]:
         with pytest.raises(ValueError, match=message):
             build()
+
+
+def test_bad_types_say_what_is_wrong(net, images, y):
+    from robustbench_lite.attacks import PGD
+
+    for arguments, options, message in [
+        ((None, images, y, Lp("linf", 0.1)), {}, "a model is a callable"),
+        ((net, images, y.tolist(), Lp("linf", 0.1)), {}, "a goal is"),
+        ((net, images, y, "linf"), {}, "a threat is"),
+        ((net, images, y, Lp("linf", 0.1)), {"indices": [1, 2]}, "indices must be an int64 tensor, got list"),
+        ((lambda x: net(x.sub_(0.1)), images.clone(), y, Lp("linf", 0.1)), {}, "in place"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=message):
+            PGD()(*arguments, **options)
+
+
+def test_images_that_require_a_gradient_come_back_without_one(net, images, y):
+    from robustbench_lite.attacks import PGD
+
+    assert not PGD()(net, images.clone().requires_grad_(), y, Lp("linf", 0.1)).x_adv.requires_grad
 
 
 def test_a_lying_attack_is_not_believed(net, images, y):

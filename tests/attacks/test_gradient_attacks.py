@@ -59,7 +59,7 @@ def test_fgsm_is_its_formula(net, images):
 
 def test_bim_takes_the_originals_steps():
     """At eps 8/255 and 10 steps the default step is 1/255 (Kurakin et al. 2016)."""
-    model, w, _ = linear()
+    model, _, _ = linear()
     x = torch.full((1, 1, 4, 4), 0.5, dtype=torch.float64)
     seen = []
 
