@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ class FoolboxAttack(Attack):
         self._check_goal(goal)
         from robustbench_lite.attacks import _foolbox_bridge as bridge
 
-        attack = bridge.build(self.name, self._entry, dict(self.options), threat.name.split("[")[0])
+        attack = bridge.build(self.name, self._entry, dict(self.options), cast(Lp, threat).norm)
         seeds = streams.integers(2**31).tolist()
         returned = {}
         for row in oracle.standing(oracle.judge_cost).tolist():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from robustbench_lite.core.rng import Streams
 
-__all__ = ["NORMS", "Norm"]
+__all__ = ["L0_BY_COORDINATE", "NORMS", "Norm"]
 
 
 class Norm(Protocol):
@@ -182,4 +182,23 @@ def _l1_threshold(size: Tensor, room: Tensor, radius: Tensor) -> Tensor:
     return (points.gather(1, last) - missing / slope.gather(1, last).clamp_min(1)).clamp_min(0)
 
 
+class _L0Coordinate(_L0):
+    """Counts coordinates: each channel of each pixel is a pixel of its own."""
+
+    def size(self, d: Tensor) -> Tensor:
+        return super().size(_columns(d))
+
+    def project(self, d: Tensor, eps: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        return super().project(_columns(d), eps, _columns(low), _columns(high)).reshape(d.shape)
+
+    def random(self, like: Tensor, eps: Tensor, low: Tensor, high: Tensor, streams: Streams) -> Tensor:
+        return super().random(_columns(like), eps, _columns(low), _columns(high), streams).reshape(like.shape)
+
+
+def _columns(d: Tensor) -> Tensor:
+    """Return (B, C, H, W) as (B, 1, CHW, 1): one channel, one coordinate a pixel."""
+    return d.reshape(len(d), 1, d.shape[1:].numel(), 1)
+
+
 NORMS: dict[str, Norm] = {"linf": _Linf(), "l2": _L2(), "l1": _L1(), "l0": _L0()}
+L0_BY_COORDINATE: Norm = _L0Coordinate()

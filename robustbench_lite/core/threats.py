@@ -14,7 +14,7 @@ from torch import Tensor
 
 from robustbench_lite.core.checks import parse_number
 from robustbench_lite.core.errors import lookup
-from robustbench_lite.core.norms import NORMS
+from robustbench_lite.core.norms import L0_BY_COORDINATE, NORMS, Norm
 from robustbench_lite.core.rng import Streams
 
 __all__ = ["TOLERANCE", "Lp", "Threat", "ordered_bounds"]
@@ -95,10 +95,11 @@ class Lp(Threat):
     """All images within `eps` of the clean one in an Lp norm, and within the image bounds.
 
     Attributes:
-        norm: "linf", "l2", "l1" or "l0" (l0 counts pixels, not coordinates).
+        norm: "linf", "l2", "l1" or "l0".
         eps: the radius, in the units of the images: a number, text such as "8/255", a tensor (B,) with one radius a
             sample, or None for minimum-norm attacks ("as small as possible").
         bounds: smallest and largest value of an image.
+        per: what l0 counts: "pixel" (a pixel has moved when any channel has) or "coordinate".
 
     Raises:
         ValueError: unknown norm, a radius that is negative or not finite, bounds in the wrong order, or a radius
@@ -108,9 +109,12 @@ class Lp(Threat):
     norm: str
     eps: float | str | Tensor | None
     bounds: tuple[float, float] = (0.0, 1.0)
+    per: str = "pixel"
 
     def __post_init__(self) -> None:
         lookup(str(self.norm), NORMS, "norm")
+        if self.per not in ("pixel", "coordinate") or (self.per == "coordinate" and self.norm != "l0"):
+            raise ValueError(f"per is 'pixel', or for l0 'coordinate', got {self.per!r} with {self.norm}")
         object.__setattr__(self, "bounds", ordered_bounds(self.bounds))
         if self.eps is not None and not isinstance(self.eps, Tensor):
             object.__setattr__(self, "eps", parse_number(self.eps))
@@ -132,13 +136,18 @@ class Lp(Threat):
 
     @property
     def name(self) -> str:
-        """The norm, with the bounds where they are not [0, 1]."""
-        return self.norm if self.bounds == (0.0, 1.0) else f"{self.norm}[{self.bounds[0]:g},{self.bounds[1]:g}]"
+        """The norm, with what l0 counts and the bounds where they are not pixels and [0, 1]."""
+        norm = self.norm if self.per == "pixel" else f"{self.norm}_{self.per}"
+        return norm if self.bounds == (0.0, 1.0) else f"{norm}[{self.bounds[0]:g},{self.bounds[1]:g}]"
 
     @property
     def size(self) -> float | None:
         """`eps` as a number; None where it is None, NaN where it is a tensor."""
         return math.nan if isinstance(self.eps, Tensor) else None if self.eps is None else float(self.eps)
+
+    @property
+    def _geometry(self) -> Norm:
+        return NORMS[self.norm] if self.per == "pixel" else L0_BY_COORDINATE
 
     @property
     def dual_norm(self) -> str:
@@ -149,7 +158,7 @@ class Lp(Threat):
         """
         if self.norm == "l0":
             raise ValueError("l0 has no dual norm")
-        return NORMS[self.norm].dual
+        return self._geometry.dual
 
     def take(self, keep: Tensor) -> Self:
         """Return the threat of these rows."""
@@ -180,7 +189,7 @@ class Lp(Threat):
         if self.eps is None or len(x) == 0:
             return
         widest, count = float(self.radius(x).max()), x.shape[1:].numel()
-        span, pixels = self.bounds[1] - self.bounds[0], count // max(1, x.shape[1])
+        span, pixels = self.bounds[1] - self.bounds[0], count // (x.shape[1] if self.per == "pixel" else 1)
         whole = {"linf": span, "l2": span * math.sqrt(count), "l1": span * count, "l0": float(pixels)}[self.norm]
         if widest > whole * (1 + 1e-6):
             raise ValueError(
@@ -217,7 +226,7 @@ class Lp(Threat):
 
     def distance(self, point: Tensor, x: Tensor) -> Tensor:
         """Return the norm of the change, float64 (B,)."""
-        return NORMS[self.norm].size(point.double() - x.double())
+        return self._geometry.size(point.double() - x.double())
 
     def contains(self, point: Tensor, x: Tensor) -> Tensor:
         """Return bool (B,): finite, within bounds, and within eps where there is one."""
@@ -236,14 +245,14 @@ class Lp(Threat):
         gradients on black and white pixels.
         """
         low, high = self.bounds[0] - x, self.bounds[1] - x
-        moved = NORMS[self.norm].project(point - x, self._reach(x), low, high)
+        moved = self._geometry.project(point - x, self._reach(x), low, high)
         return (x + moved).clamp(*self.bounds)
 
     @torch.no_grad()
     def random_point(self, x: Tensor, streams: Streams) -> Tensor:
         """Return points uniform in the ball (l0: uniform values on floor(eps) uniform pixels), cut to the bounds."""
         low, high = self.bounds[0] - x, self.bounds[1] - x
-        moved = NORMS[self.norm].random(x, self._reach(x), low, high, streams)
+        moved = self._geometry.random(x, self._reach(x), low, high, streams)
         return (x + moved).clamp(*self.bounds)
 
     def steepest(self, gradient: Tensor, density: float | None = None, at: Tensor | None = None) -> Tensor:
@@ -259,4 +268,4 @@ class Lp(Threat):
         if self.norm == "l1" and at is not None:
             stuck = ((at <= self.bounds[0]) & (gradient < 0)) | ((at >= self.bounds[1]) & (gradient > 0))
             gradient = gradient.masked_fill(stuck, 0)
-        return NORMS[self.norm].steepest(gradient, density)
+        return self._geometry.steepest(gradient, density)

@@ -137,6 +137,23 @@ def test_random_l0_points_change_that_many_pixels():
     assert (Lp("l0", 4).distance(Lp("l0", 4).random_point(x, streams(100)), x) == 4).all()
 
 
+def test_l0_by_coordinate_counts_channels_apart():
+    x, far = batch(n=20, shape=(3, 2, 2))
+    threat = Lp("l0", 4, per="coordinate")
+    near = threat.project(far, x)
+    assert (threat.distance(near, x) <= 4).all()
+    cut = far.clamp(0, 1)
+    gain = ((far - x) ** 2 - (far - cut) ** 2).flatten(1)  # what moving a coordinate saves
+    best = gain.topk(4, dim=1).values.sum(dim=1)
+    saved = ((far - x) ** 2 - (far - near) ** 2).flatten(1).sum(dim=1)
+    assert torch.allclose(saved, best)
+    assert (threat.distance(threat.random_point(x, streams(20)), x) == 4).all()
+    one_pixel = x.clone()
+    one_pixel[:, :, 0, 0] = 1 - x[:, :, 0, 0]
+    assert (threat.distance(one_pixel, x) == 3).all()
+    assert (Lp("l0", 4).distance(one_pixel, x) == 1).all()
+
+
 def test_one_eps_a_sample():
     x, far = batch(n=3)
     threat = Lp("l2", torch.tensor([0.0, 0.1, 0.5]))
@@ -186,6 +203,10 @@ def test_gradients_are_not_masked_at_the_image_bounds():
         (("linf", 0.1, (1.0, 0.0)), "low < high"),
         (("l2", torch.tensor([0.1, -1.0])), "eps must be >= 0"),
         (("l2", torch.zeros(2, 1)), "shape"),
+        (("l2", 0.5, (0.0, 1.0), "coordinate"), "for l0 'coordinate'"),
+        (("linf", 0.1, 1.0), "low < high"),
+        (("linf", [0.1]), "expected a number"),
+        ((2, 0.1), "unknown norm '2'"),
     ],
 )
 def test_bad_threats_say_what_is_wrong(arguments, message):
