@@ -90,7 +90,8 @@ def search(attack: Any, entry: Entry, oracle: Oracle, row: Tensor, seed: int) ->
         except _SearchEnded:
             return None
         except (AssertionError, ValueError) as error:
-            if entry.starts and not model.met_success and _raised_by_foolbox(error):
+            lost = oracle.stochastic or not model.met_success  # a start that the next draw takes back is none
+            if entry.starts and lost and _raised_by_foolbox(error):
                 return None  # nothing adversarial to start from: the attack fails on this sample
             raise
     return found.detach()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from robustbench_lite.certify import export_frontend, fx_frontend
 from robustbench_lite.certify.errors import UnsupportedOperator
+from robustbench_lite.certify.forward import answer
 from robustbench_lite.certify.intervals import Interval
 from robustbench_lite.certify.ir import Graph
 from robustbench_lite.certify.lowering import lower
@@ -39,33 +40,44 @@ class _Kept:
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     """Return what a trace may have read of a module besides its tensors: plain attributes, and how many hooks."""
-    plain = {name: value for name, value in vars(module).items() if _is_plain(value) and name != "training"}
+    plain = {name: _snapshot(value) for name, value in vars(module).items() if name not in _INTERNAL}
     return plain | {"_hooks": (len(module._forward_hooks), len(module._forward_pre_hooks))}
 
 
-def _is_plain(value: object) -> bool:
-    scalar = (bool, int, float, str, type(None))
-    return isinstance(value, scalar) or (isinstance(value, tuple) and all(isinstance(part, scalar) for part in value))
+_INTERNAL = frozenset(vars(nn.Module()))
+
+
+def _snapshot(value: object) -> object:
+    """Return a copy of numbers, text and containers of them; `...` stands for anything else."""
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_snapshot(part) for part in value]
+    if isinstance(value, Mapping):
+        return [(_snapshot(key), _snapshot(part)) for key, part in value.items()]
+    return ...
 
 
 _KEPT: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
 
 
-def graph_of(model: nn.Module, x: Tensor) -> Graph:
+def graph_of(model: nn.Module, x: Tensor, *, recheck: bool = False) -> Graph:
     """Return the graph of a model's forward in eval mode, for images of the shape of `x`.
 
     Traced by torch.fx, else by torch.export, and compared with the model on two inputs: a graph that computes something
     else is refused. Kept for each model and image shape until a submodule is exchanged or one of its plain attributes
-    (a stride, a flag) changes; parameters are not kept, they are read at each evaluation.
+    (a stride, a flag, a list or dict of numbers) changes; parameters are not kept, they are read at each evaluation.
 
     Args:
         model: an nn.Module from images (B, C, H, W) to logits (B, K).
         x: images, of which the shape counts, and one as an example.
+        recheck: whether to compare a kept graph with the model once more, and to trace anew where they disagree: a
+            forward may read state that no attribute shows (an object, a global). Certifiers ask for it.
 
     Raises:
         TypeError: not an nn.Module.
         UnsupportedOperator: an operator without a rule, or control flow that depends on the input's values.
-        ValueError: several inputs, or no logits (B, K).
+        ValueError: several inputs, no logits (B, K), or a model that changes its input in place.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"bounds need an nn.Module, whose layers can be read; got {type(model).__name__}")
@@ -75,6 +87,8 @@ def graph_of(model: nn.Module, x: Tensor) -> Graph:
         modules = tuple((weakref.ref(m), name, _attributes(m)) for name, m in model.named_modules())
         kept = _KEPT[model] = _Kept({}, modules)
     shape = tuple(x.shape[1:])
+    if recheck and shape in kept.graphs and not _agrees(kept.graphs[shape], model, x):
+        kept.graphs.clear()
     if shape in kept.graphs:
         return kept.graphs[shape]
     graph = trace(model, x)
@@ -94,7 +108,7 @@ def trace(model: nn.Module, x: Tensor, front_ends: tuple[str, ...] = ("fx", "exp
     errors: list[UnsupportedOperator] = []
     with torch.no_grad(), _evaluating(model), full_precision(x.device):
         two, three = _examples(model, x)
-        expected = model(two.clone())
+        expected = answer(model, two)
         if not isinstance(expected, Tensor) or expected.ndim != 2 or len(expected) != 2:
             came = tuple(expected.shape) if isinstance(expected, Tensor) else type(expected).__name__
             raise ValueError(f"a model must return logits of shape (B, K); for a batch of 2 it returned {came}")
@@ -167,6 +181,17 @@ def _check(graph: Graph, model: nn.Module, x: Tensor, expected: Tensor) -> bool:
             "one input): its forward is stochastic, keeps a state, or changes tensors in place behind a view"
         )
     return True
+
+
+def _agrees(graph: Graph, model: nn.Module, x: Tensor) -> bool:
+    """Say whether a kept graph still computes what the model computes."""
+    with torch.no_grad(), _evaluating(model), full_precision(x.device):
+        two, _ = _examples(model, x)
+        expected = answer(model, two)
+        try:
+            return _check(graph, model, two, expected)
+        except Exception:  # an outdated graph fails in any way; tracing the model anew tells what is the matter
+            return False
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from robustbench_lite.certify.intervals import Ball, Interval
+from robustbench_lite.core.checks import check_images
 from robustbench_lite.core.threats import Lp, Threat
 
 __all__: list[str] = []
@@ -18,7 +19,8 @@ def input_set(threat_or_box: Threat | tuple[Tensor, Tensor], x: Tensor | None) -
 
     Raises:
         TypeError: neither a threat nor a pair of tensors.
-        ValueError: a threat that bounds cannot start from, shapes that differ, NaN, or lower above upper.
+        ValueError: a threat that bounds cannot start from, images outside its bounds, shapes that differ, NaN, or lower
+            above upper.
     """
     if isinstance(threat_or_box, Threat):
         return _threat_set(threat_or_box, x)
@@ -37,6 +39,8 @@ def _threat_set(threat: Threat, x: Tensor | None) -> Interval:
     if not isinstance(threat, Lp) or threat.norm not in NORMS:
         raise ValueError(f"interval bounds start from Lp threats of norm {', '.join(NORMS)}; got {threat.name}")
     _check_tensor("x", x)
+    check_images(x, threat.bounds)
+    x = x.clamp(*threat.bounds)  # by the tolerance of that check at most; no point within the bounds gets farther away
     lower, upper = threat.box(x)
     _check_box(lower, upper)
     if threat.norm == "linf":

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_lite.certify.base import Certifier
+from robustbench_lite.certify.forward import answer
 from robustbench_lite.certify.graph import graph_of
-from robustbench_lite.core.checks import check_labels, explain_mismatch
-from robustbench_lite.core.models import ABSTAIN, INVALID, Model, is_stochastic, labels_of, predict
+from robustbench_lite.core.checks import check_labels, check_predictions, explain_mismatch
+from robustbench_lite.core.models import ABSTAIN, Model, is_stochastic, own_predict, predict
 from robustbench_lite.core.results import Certificate, Status
 from robustbench_lite.core.rng import Streams
 from robustbench_lite.core.threats import Lp, Threat
@@ -28,8 +29,10 @@ class MarginCertifier(Certifier):
     every lower bound to exceed `tolerance`. Float64 rounding of a net whose activations stay below 1e6 is some 1e-8.
     The claim is for real arithmetic: a deployed float32 forward has rounding of its own, near a margin of 0.
 
-    A prediction is UNKNOWN where it is not the largest logit of the forward that was bounded (a `predict` of its own),
-    or where that logit is not finite.
+    Nothing is proven about a model with a `predict` of its own (`core.models.own_predict`): bounds of the logits do not
+    tell what `predict` answers elsewhere in the ball. All its samples are UNKNOWN (ABSTAINED where it abstains) and
+    `margins` is None: a defense that decides by itself brings its own certifiers. A model whose largest logit decides
+    is UNKNOWN where its logits are not finite.
 
     Attributes:
         tolerance: what a lower bound of a margin has to exceed.
@@ -55,15 +58,18 @@ class MarginCertifier(Certifier):
                 f"{type(model).__name__} is stochastic: a deterministic certificate says nothing about it; certify the "
                 "net inside, or use a probabilistic certifier"
             )
-        num_classes = graph_of(model, x).num_classes
+        if own_predict(model) is not None:
+            nothing = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+            return self._certificate(nothing, _prediction(model, x), y, threat, None)
+        num_classes = graph_of(model, x, recheck=True).num_classes
         if num_classes < 2:
             raise ValueError(f"a margin needs at least 2 logits, the model returns {num_classes}")
         check_labels(y, x, num_classes)
         with torch.no_grad():
-            prediction, bounded = _predictions(model, x)
-            margins = self._margins(model, x, threat, bounded, num_classes)
-            verified = (margins > self.tolerance).all(dim=1) & (bounded == prediction)
-            wrong = (bounded != y).nonzero().flatten()
+            prediction = _prediction(model, x)
+            margins = self._margins(model, x, threat, prediction, num_classes)
+            verified = (margins > self.tolerance).all(dim=1)
+            wrong = (prediction != y).nonzero().flatten()
             if len(wrong):
                 margins[wrong] = self._margins(model, x[wrong], threat.take(wrong), y[wrong], num_classes)
         return self._certificate(verified, prediction, y, threat, margins)
@@ -79,7 +85,9 @@ class MarginCertifier(Certifier):
             margins[rows] = torch.where(chosen.bool(), torch.inf, found.nan_to_num(nan=-torch.inf))
         return margins
 
-    def _certificate(self, verified: Tensor, prediction: Tensor, y: Tensor, threat: Lp, margins: Tensor) -> Certificate:
+    def _certificate(
+        self, verified: Tensor, prediction: Tensor, y: Tensor, threat: Lp, margins: Tensor | None
+    ) -> Certificate:
         status = torch.where(verified, int(Status.VERIFIED), int(Status.UNKNOWN))
         status = torch.where(prediction == ABSTAIN, int(Status.ABSTAINED), status)
         eps = torch.as_tensor(threat.eps, dtype=torch.float64, device=y.device).reshape(-1).expand(len(y))
@@ -95,14 +103,15 @@ class MarginCertifier(Certifier):
         )
 
 
-def _predictions(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the deployed model's labels, and those of the forward that bounds are about."""
+@torch.no_grad()
+def _prediction(model: nn.Module, x: Tensor) -> Tensor:
+    """Return the deployed model's labels."""
     try:
-        forward = labels_of(model(x))
-        prediction = predict(model, x) if callable(getattr(model, "predict", None)) else forward
+        prediction = answer(lambda images: predict(model, images), x)
     except RuntimeError as error:
         reason = explain_mismatch(model, x)
         if reason is None:
             raise
         raise ValueError(reason) from error
-    return prediction, torch.where(forward == prediction, forward, INVALID)
+    check_predictions(prediction, x)
+    return prediction

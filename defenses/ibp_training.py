@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from robustbench_lite.certify.bounds import bounds as output_bounds
 from robustbench_lite.core.checks import parse_number
+from robustbench_lite.core.threats import Lp
 from robustbench_lite.defenses.base import Batch, Objective, Step
 from robustbench_lite.defenses.ramps import check_ramp, ramp
 
@@ -64,7 +65,8 @@ class IBPTraining(Objective):
         bounds: range of the images.
 
     Raises:
-        ValueError: eps not positive, kappa outside [0, 1], or a ramp that does not fit.
+        ValueError: eps not positive or wider than the image range, bounds in the wrong order, kappa outside [0, 1], or
+            a ramp that does not fit.
     """
 
     eps: float | str
@@ -75,6 +77,7 @@ class IBPTraining(Objective):
 
     def __post_init__(self) -> None:
         check_ramp(self.warmup, self.ramp)
+        object.__setattr__(self, "bounds", Lp("linf", self.eps, self.bounds).bounds)
         if parse_number(self.eps) <= 0:
             raise ValueError(f"eps must be > 0, got {self.eps}; use StandardTraining for a clean net")
         if not 0 <= self.kappa <= 1:
@@ -95,5 +98,5 @@ class IBPTraining(Objective):
     def upper(self, model: nn.Module, x: Tensor, share: float, specification: Tensor) -> Tensor:
         """Return upper bounds (B, rows of the specification) over the ball of `share` of eps around `x`."""
         eps = share * parse_number(self.eps)
-        box = ((x - eps).clamp(min=self.bounds[0]), (x + eps).clamp(max=self.bounds[1]))
+        box = ((x - eps).clamp(*self.bounds), (x + eps).clamp(*self.bounds))
         return output_bounds(model, box, method="ibp", C=specification)[1].float()

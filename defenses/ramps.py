@@ -25,9 +25,9 @@ def check_ramp(warmup: float, length: float) -> None:
     """Check that warm-up and ramp are shares of the training that end within it.
 
     Raises:
-        ValueError: one is negative, or together they take more than the whole training.
+        ValueError: one is negative or NaN, or together they take more than the whole training.
     """
-    if warmup < 0 or length < 0 or warmup + length > 1:
+    if not (warmup >= 0 and length >= 0 and warmup + length <= 1):  # so written, NaN is refused
         raise ValueError(
             f"warmup and ramp are shares of the training, >= 0 and together <= 1, got {warmup:g} and {length:g}; "
             "divide numbers of steps by the number of all steps"

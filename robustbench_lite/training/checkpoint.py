@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,17 @@ def load_checkpoint(path: Path, identity: Mapping[str, str]) -> dict[str, Any] |
     theirs: dict[str, str] = saved["identity"]
     keys = [key for key in {**identity, **theirs} if theirs.get(key) != identity.get(key)]
     if keys:
-        differences = "; ".join(f"{key} was {theirs.get(key)} and is {identity.get(key)}" for key in keys)
+        differences = "; ".join(f"{key} {_difference(theirs.get(key), identity.get(key))}" for key in keys)
         raise ValueError(
             f"{path} belongs to another training: {differences}. "
             "Delete it to start anew, choose another path, or restore the configuration (and the seed of the weights)"
         )
     content: dict[str, Any] = saved["content"]
     return content
+
+
+def _difference(theirs: str | None, ours: str | None) -> str:
+    """Say how two texts differ, by the first line that does."""
+    lines = zip_longest(str(theirs).splitlines(), str(ours).splitlines())
+    was, now = next(((a, b) for a, b in lines if a != b), (theirs, ours))
+    return f"was {str(was).strip()} and is {str(now).strip()}"

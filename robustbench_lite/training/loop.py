@@ -66,7 +66,8 @@ def train(
             weights are the caller's to initialise, under the same seed if the run is to be resumed.
         device: "auto" takes a CUDA device where there is one.
         precision: "float32", or "bfloat16" for autocast forward passes over float32 weights.
-        checkpoint: file to resume from if it exists, and to write to.
+        checkpoint: file to resume from if it exists, and to write to; `schedule`, `augment` and `objective` then need
+            names, which a lambda or local function has not.
         checkpoint_every: epochs between two checkpoints; the last epoch always writes one.
         validation: samples whose clean accuracy is logged after every epoch.
         progress: whether to draw a progress bar on the standard error.

@@ -122,7 +122,7 @@ class Run:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the coming epochs depend on, copied."""
+        """Return all that the coming epochs depend on. Its tensors are the live ones: save or copy it before a step."""
         state = self.state.state_dict() if isinstance(self.state, nn.Module) else self.state
         device = self.settings.device
         return {

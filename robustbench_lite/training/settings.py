@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -20,6 +23,7 @@ __all__ = ["Settings", "identity_of"]
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,8 @@ class Settings:
         lookup(self.precision, PRECISIONS, "precision")
         if self.epochs < 0 or self.batch_size < 1:
             raise ValueError(f"need epochs >= 0 and batch_size >= 1, got {self.epochs} and {self.batch_size}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be > 0, got {self.learning_rate:g}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be > 0 and finite, got {self.learning_rate:g}")
 
     def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> optim.Optimizer:
         """Return the optimiser of these parameters."""
@@ -63,20 +67,34 @@ class Settings:
 
 
 def identity_of(settings: Settings, model: nn.Module, data: Dataset, objective: Objective) -> dict[str, str]:
-    """Return what names a run: two runs with equal names on one machine end in equal weights."""
-    named = {field.name: _text(getattr(settings, field.name)) for field in fields(settings)}
+    """Return what names a run: two runs with equal names on one machine end in equal weights.
+
+    A model is named by its repr, classes and settings of its layers, and its initial weights.
+
+    Raises:
+        ValueError: a schedule, augmentation or objective that has no name to know it by in another process.
+    """
+    named = {field.name: _text(field.name, getattr(settings, field.name)) for field in fields(settings)}
     named["device"] = settings.device.type
     return named | {
-        "objective": _text(objective),
-        "model": type(model).__qualname__,
+        "objective": _text("objective", objective),
+        "model": ADDRESS.sub("", f"{type(model).__qualname__}\n{model!r}"),
         "initial weights": _digest(model.state_dict()),
         "data": f"{data.name} {data.split} {data.content_hash}",
     }
 
 
-def _text(value: Any) -> str:
-    """Return the repr, or the name of a function (whose repr has its address)."""
-    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
+def _text(what: str, value: Any) -> str:
+    """Return the repr, or the importable name of a function; refuse what two processes would name differently."""
+    if inspect.ismethod(value):
+        return f"{_text(what, value.__self__)}.{value.__name__}"
+    text = f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else repr(value)
+    if ADDRESS.search(text) or "<lambda>" in text or "<locals>" in text:
+        raise ValueError(
+            f"a checkpoint must know its {what} again, and {text} has no name to know it by: use a function defined at "
+            "the top of a module, or a frozen dataclass such as those of training.schedules; or leave checkpoint out"
+        )
+    return text
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

@@ -336,6 +336,23 @@ def test_a_randomised_model_is_counted_and_falls_by_majority(net, images, y):
     assert again.forwards.shape == result.forwards.shape
 
 
+@pytest.mark.parametrize("name", ["BoundaryAttack", "HopSkipJumpAttack", "PointwiseAttack"])
+def test_a_walk_whose_start_a_stochastic_model_takes_back_fails_quietly(name, images):
+    class Coin(nn.Module):
+        stochastic = True
+
+        def forward(self, x):
+            return torch.randn(len(x), 2).to(x)
+
+    options = {"steps": 5} if name != "PointwiseAttack" else {}
+    zeros = torch.zeros(6, dtype=torch.int64)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        result = FoolboxAttack(name, **options)(Coin(), images[:6], zeros, Lp("l2", None), max_queries=200)
+    assert (result.forwards <= 200).all()
+    assert result.distance[~result.success].isposinf().all()
+
+
 def test_gen_attack_reaches_its_targets_even_with_huge_logits(net, images, y):
     goal = Targeted((y + 1) % 4)
     attack = FoolboxAttack("GenAttack", steps=40)

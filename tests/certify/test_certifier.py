@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from robustbench_lite.attacks import RandomNoise
 from robustbench_lite.certify import IBP, Certifier, bounds
 from robustbench_lite.core.models import ABSTAIN, INVALID
 from robustbench_lite.core.results import Status
 from robustbench_lite.core.threats import Lp
+from robustbench_lite.defenses import Wrapper
 
 
 def halfspace() -> nn.Module:
@@ -117,22 +120,138 @@ def test_non_finite_logits_are_invalid_and_unknown():
     assert not certificate.radius.any()
 
 
-def test_abstentions_and_predictions_of_their_own_are_not_verified():
-    class Wrapper(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = halfspace()
+class Deployed(Wrapper):
+    """The halfspace as a defense, by default with the largest logit as its answer."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.net(x)
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = halfspace()
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class SwitchesAtHalf(Deployed):
+    """Answers another class where the first pixel exceeds 0.5: none of the logits tells."""
+
+    def predict(self, x: Tensor) -> Tensor:
+        return torch.where(x[:, 0, 0, 0] > 0.5, 1 - super().predict(x), super().predict(x))
+
+
+class Abstains(Deployed):
+    def predict(self, x: Tensor) -> Tensor:
+        return torch.where(x[:, 0, 0, 0] < 0.5, ABSTAIN, super().predict(x))
+
+
+def test_nothing_is_proven_about_a_model_that_decides_by_itself():
+    model, x, threat = SwitchesAtHalf(), flat(0.7, 0.3), Lp("linf", 0.01)
+    x[:, :, 0, 0] = 0.499  # within the threat of the switch
+    y = model.predict(x)
+    assert RandomNoise(50)(model, x, y, threat).success.all()
+    certificate = IBP()(model, x, y, threat, batch_size=1)
+    assert certificate.prediction.tolist() == y.tolist() == [1, 0]
+    assert certificate.status.tolist() == [Status.UNKNOWN] * 2
+    assert not certificate.certified.any()
+    assert not certificate.radius.any()
+    assert certificate.margins is None
+    assert not IBP().radius(model, x, y, "linf", tolerance=0.1).any()
+
+
+def test_abstentions_of_a_model_are_seen():
+    certificate = IBP()(Abstains(), X, Y, Lp("linf", 0.01))
+    assert certificate.prediction.tolist() == [1, ABSTAIN, 1, 1]
+    assert certificate.status.tolist() == [Status.UNKNOWN, Status.ABSTAINED, Status.UNKNOWN, Status.UNKNOWN]
+
+
+def test_a_wrapper_that_answers_the_largest_logit_is_certified_like_its_net():
+    threat = Lp("linf", 0.05)
+    wrapped, plain = IBP()(Deployed(), X, Y, threat), IBP()(halfspace(), X, Y, threat)
+    assert plain.certified.any()
+    for name in ("status", "certified", "radius", "prediction", "margins"):
+        torch.testing.assert_close(getattr(wrapped, name), getattr(plain, name))
+
+
+def test_labels_of_another_form_are_refused():
+    class Probabilities(Deployed):
         def predict(self, x: Tensor) -> Tensor:
-            return torch.tensor([1, ABSTAIN, 0, 1])
+            return self(x).softmax(1)
 
-    certificate = IBP()(Wrapper(), X, Y, Lp("linf", 0.01))
-    assert certificate.status.tolist() == [Status.VERIFIED, Status.ABSTAINED, Status.UNKNOWN, Status.VERIFIED]
-    assert certificate.certified.tolist() == [True, False, False, True]
-    assert certificate.radius[1:3].tolist() == [0, 0]
+    with pytest.raises(TypeError, match="predict must return int64"):
+        IBP()(Probabilities(), X, Y, Lp("linf", 0.01))
+
+
+class InPlace(Deployed):
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 0.1
+        return self.net(x)
+
+
+class InPlacePredict(Deployed):
+    def predict(self, x: Tensor) -> Tensor:
+        return super().predict(x.mul_(2))
+
+
+@pytest.mark.parametrize("kind", [InPlace, InPlacePredict])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_model_that_changes_its_input_is_refused_and_the_images_stay(kind, inference):
+    with torch.inference_mode(inference):
+        x = X.clone()
+        for _ in range(2):
+            with pytest.raises(ValueError, match="changes its input in place"):
+                IBP()(kind(), x, Y, Lp("linf", 0.01))
+        assert torch.equal(x, X)
+        assert IBP()(Deployed(), x, Y, Lp("linf", 0.01)).certified.any()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize("eps", [0.0, 1e-7, 0.01])
+def test_images_within_the_tolerance_of_the_check_are_certified(norm, eps):
+    x = torch.cat([flat(1.0), flat(0.0)])
+    outside = x + torch.tensor([5e-7, -5e-7]).reshape(2, 1, 1, 1)
+    y = torch.tensor([1, 0])
+    slack, plain = IBP()(halfspace(), outside, y, Lp(norm, eps)), IBP()(halfspace(), x, y, Lp(norm, eps))
+    assert slack.certified.all()
+    torch.testing.assert_close(slack.margins, plain.margins, atol=1e-4, rtol=0)
+    lower, upper = bounds(halfspace(), Lp(norm, eps), x=outside)
+    assert (lower <= upper + 1e-6).all()
+
+
+class Mixed(nn.Module):
+    """A constant net and a steep one; how much of the second counts is state that `where` keeps."""
+
+    def __init__(self, where) -> None:
+        super().__init__()
+        self.flat, self.steep, self.mix = nn.Linear(16, 2), nn.Linear(16, 2), where
+        for layer, value in ((self.flat, 0.0), (self.steep, 30.0)):
+            layer.weight.data = torch.stack([-torch.full((16,), value), torch.full((16,), value)])
+        self.flat.bias.data, self.steep.bias.data = torch.tensor([0.0, 3.0]), torch.tensor([240.0, -240.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.flatten(1)
+        share = self.mix.share if isinstance(self.mix, SimpleNamespace) else self.mix["share"][0]
+        return self.flat(h) + share * torch.tanh(self.steep(h))
+
+
+def set_object(mix):
+    mix.share = 9.0
+
+
+def set_list(mix):
+    mix["share"][0] = 9.0
+
+
+@pytest.mark.parametrize(
+    ("where", "change"), [(SimpleNamespace(share=0.0), set_object), ({"share": [0.0], "other": object()}, set_list)]
+)
+def test_a_certificate_is_about_the_model_as_it_is_now(where, change):
+    model, x, y, threat = Mixed(where).eval(), flat(0.51, 0.55), torch.tensor([1, 1]), Lp("linf", 0.2)
+    assert IBP()(model, x, y, threat).certified.all()
+    assert IBP()(model, x[:, :, :, :].clone(), y, threat).certified.all()
+    change(where)
+    assert RandomNoise(1)(model, x, y, Lp("linf", 0.0)).success.logical_not().all()  # the clean images are right
+    assert (model(x - 0.2).argmax(1) == 0).all()
+    assert not IBP()(model, x, y, threat).certified.any()
+    torch.testing.assert_close(bounds(model, (x, x))[0], model(x))  # what the certifier traced is what bounds use
 
 
 def test_what_a_certifier_refuses():

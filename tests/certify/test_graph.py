@@ -236,6 +236,51 @@ def test_a_layer_changed_in_place_is_traced_anew():
     torch.testing.assert_close(bounds(net, (X, X))[0], net(X))
 
 
+@pytest.mark.parametrize("settings", [[2.0], {"scale": 2.0}, {"scale": [2.0, "text"], "rest": object()}])
+def test_a_number_changed_inside_a_container_is_traced_anew(settings):
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.settings = nn.Linear(16, 3), settings
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = self.settings["scale"] if isinstance(self.settings, dict) else self.settings
+            return self.linear(x.flatten(1)) * (first if isinstance(first, float) else first[0])
+
+    net = Scaled()
+    graph = graph_of(net, X)
+    assert graph_of(net, X) is graph
+    assert graph_of(net, X, recheck=True) is graph
+    inner = settings["scale"] if isinstance(settings, dict) else settings
+    if isinstance(inner, list):
+        inner[0] = 5.0
+    else:
+        settings["scale"] = 5.0
+    torch.testing.assert_close(bounds(net, (X, X))[0], net(X))
+
+
+def test_a_kept_graph_that_no_longer_fits_at_all_is_traced_anew():
+    class Holder:
+        weight = torch.zeros(3, 16)
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x.flatten(1), Holder.weight)
+
+    net = Net()
+    graph_of(net, X)
+    Holder.weight = torch.ones(4, 16)
+    assert graph_of(net, X, recheck=True).num_classes == 4
+    torch.testing.assert_close(bounds(net, (X, X))[0], net(X))
+
+
+def test_bounds_refuse_a_model_that_changes_its_input():
+    images = X.clone()
+    with pytest.raises(ValueError, match="changes its input in place"):
+        bounds(Net(lambda x: x.sub_(0.5)), Lp("linf", 0.1), x=images)
+    assert torch.equal(images, X)
+
+
 def test_a_compiled_model_is_bounded_by_what_it_was_compiled_from():
     net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     compiled = torch.compile(net, backend="eager")

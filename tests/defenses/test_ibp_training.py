@@ -139,11 +139,20 @@ def test_it_certifies_what_standard_training_does_not() -> None:
         ("expected a number or a fraction", lambda: IBPTraining("eight")),
         ("kappa is the share", lambda: IBPTraining(0.1, kappa=1.5)),
         ("together <= 1", lambda: IBPTraining(0.1, warmup=2000, ramp=10_000)),
+        ("together <= 1", lambda: IBPTraining(0.1, warmup=float("nan"))),
+        ("for pixel units write '8/255'", lambda: IBPTraining(8)),
+        ("finite number", lambda: IBPTraining(float("nan"))),
+        ("low < high", lambda: IBPTraining(0.1, bounds=(1, 0))),
     ],
 )
 def test_bad_arguments_are_refused(message: str, make: Callable[[], Any]) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_images_that_rounding_carried_out_of_their_range_have_a_box() -> None:
+    x, specification = torch.full((1, 1, 3, 3), 1 + 5e-7), margins_specification(torch.tensor([0]), CLASSES)
+    assert IBPTraining(0.1).upper(tiny(), x, 1e-7, specification).isfinite().all()
 
 
 def test_eps_may_be_a_fraction() -> None:

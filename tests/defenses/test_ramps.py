@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from robustbench_lite.defenses.ramps import check_ramp, ramp
 
 SHARE = st.floats(0, 1)
+NAN, INF = float("nan"), float("inf")
 
 
 @given(SHARE, SHARE, SHARE, SHARE)
@@ -21,7 +22,9 @@ def test_its_corners() -> None:
     assert ramp(0, 0, 0) == 1
 
 
-@pytest.mark.parametrize(("warmup", "length"), [(-0.1, 0), (0, -0.1), (0.6, 0.5), (2000, 10_000)])
+@pytest.mark.parametrize(
+    ("warmup", "length"), [(-0.1, 0), (0, -0.1), (0.6, 0.5), (2000, 10_000), (NAN, 0), (0, NAN), (0, INF)]
+)
 def test_what_does_not_fit_is_refused(warmup: float, length: float) -> None:
     with pytest.raises(ValueError, match="divide numbers of steps"):
         check_ramp(warmup, length)

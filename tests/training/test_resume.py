@@ -178,6 +178,58 @@ def test_a_checkpoint_of_another_run_is_refused(other: dict[str, Any], named: st
         run(StandardTraining(), path, **other)
 
 
+class Rate:
+    """A schedule that repr cannot tell from another of its class."""
+
+    def __call__(self, progress: float) -> float:
+        return 0.5
+
+
+def halved(progress: float) -> float:
+    return 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("schedule", lambda progress: 1.0), ("schedule", Rate()), ("augment", lambda x, streams: x)]
+)
+def test_what_has_no_name_cannot_be_known_again(name: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"must know its {name} again.*use a function defined at the top of a module"):
+        run(StandardTraining(), tmp_path / "run.pt", **{name: value})
+    assert not (tmp_path / "run.pt").exists()
+    run(StandardTraining(), epochs=1, **{name: value})  # without a checkpoint it needs none
+
+
+def test_a_named_function_is_known_again(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    first = run(StandardTraining(), path, schedule=halved)
+    assert equal(run(StandardTraining(), path, schedule=halved), first)
+    with pytest.raises(ValueError, match=r"schedule was .*\.halved and is .*\.constantly_one"):
+        run(StandardTraining(), path, schedule=constantly_one)
+
+
+def constantly_one(progress: float) -> float:
+    return 1.0
+
+
+@pytest.mark.parametrize(
+    ("place", "layer", "named"),
+    [
+        (3, nn.Dropout(0.9), r"model was \(3\): Dropout\(p=0.3.* and is \(3\): Dropout\(p=0.9"),
+        (2, nn.Tanh(), r"model was \(2\): ReLU\(\) and is \(2\): Tanh\(\)"),
+    ],
+    ids=["dropout", "activation"],
+)
+def test_a_model_with_other_layers_and_the_same_weights_is_refused(
+    place: int, layer: nn.Module, named: str, tmp_path: Path
+) -> None:
+    path, other = tmp_path / "run.pt", net()
+    run(StandardTraining(), path)
+    assert isinstance(other, nn.Sequential)
+    other[place] = layer
+    with pytest.raises(ValueError, match=named):
+        run(StandardTraining(), path, model=other)
+
+
 def test_another_objective_or_other_data_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     run(StandardTraining(), path)
