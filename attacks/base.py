@@ -81,7 +81,7 @@ class Attack(ABC):
             view: a differentiable stand-in to take gradients from; success is judged by `model` all the same.
             max_queries: forward passes that each sample may spend; None for no limit.
             stop: "success": a sample leaves at its first success; "never": every sample runs to the end and keeps its
-                highest loss.
+                highest loss, among its successes where it has any.
             indices: the samples' names for their random streams, int64 (B,); default 0 .. B - 1.
             generator: the source of randomness, one draw a call; None: a fresh one with seed 0.
 

@@ -120,7 +120,10 @@ class Oracle:
 
     @property
     def compact_every(self) -> int:
-        """Steps between two looks at who still stands. On a GPU a look makes the host wait; a budget needs each one."""
+        """Steps between two looks at who still stands; in between, samples that have fallen go on, and pay.
+
+        On a GPU a look makes the host wait; a budget needs each one.
+        """
         return 1 if self.x.device.type == "cpu" or self.max_queries is not None else 8
 
     @property
