@@ -17,14 +17,14 @@ from torch import Tensor
 
 from robustbench_lite.core.threats import Threat
 from robustbench_lite.evaluation.audit import audit
-from robustbench_lite.evaluation.cells import block_of
+from robustbench_lite.evaluation.cells import Cell, block_of
 from robustbench_lite.evaluation.flags import Flag, non_finite
 from robustbench_lite.evaluation.ledger import Ledger
 from robustbench_lite.evaluation.methods import sparing
 from robustbench_lite.evaluation.plan import MODES, Plan, Task
 from robustbench_lite.evaluation.probe import probe
 from robustbench_lite.evaluation.records import to_frame
-from robustbench_lite.evaluation.report import Report
+from robustbench_lite.evaluation.report import NotApplicable, Report
 from robustbench_lite.evaluation.samples import Samples, as_samples
 from robustbench_lite.evaluation.store import Store
 from robustbench_lite.evaluation.subject import Subject
@@ -111,8 +111,10 @@ def evaluate(
         _block(part, tasks, mode, subject, ledger, tables)
         rows = to_frame(pa.concat_tables([parts[-1] for parts in tables.values()]))
         witnesses.collect(part, rows, [task.cell for task in tasks])
-    records = to_frame(pa.concat_tables([table for parts in tables.values() for table in parts]))
-    return _report(records, plan, flags, ledger, witnesses)
+    answered = [parts for key, parts in tables.items() if key not in ledger.refused]
+    records = to_frame(pa.concat_tables([table for parts in answered for table in parts]))
+    refused = [_refused(task.cell, ledger) for task in tasks if task.cell.key in ledger.refused]
+    return _report(records, plan, refused, flags, ledger, witnesses)
 
 
 def _blocks(samples: Samples, progress: bool) -> Iterable[Samples]:
@@ -170,6 +172,8 @@ def _proof_cascade(part: Samples, tasks: list[Task], ledger: Ledger, clean: pa.T
     for task in [task for task in tasks if task.cell.kind == "certifier"]:
         rows = ledger.fetch(task, part.take(open_))
         tables.append(rows)
+        if task.cell.key in ledger.refused:
+            continue  # the next certifier is the first
         sure = rows.column("certificate").to_numpy(zero_copy_only=False) == "deterministic"
         open_[np.flatnonzero(open_)[_mask(rows, "certified") & sure]] = False
         open_ &= _mask(clean, "correct")
@@ -181,7 +185,18 @@ def _mask(rows: pa.Table, column: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
     return mask
 
 
-def _report(records: pd.DataFrame, plan: Plan, flags: list[Flag], ledger: Ledger, witnesses: Witnesses) -> Report:
+def _refused(cell: Cell, ledger: Ledger) -> NotApplicable:
+    return NotApplicable(str(cell.threat), cell.eps, cell.kind, cell.method, ledger.refused[cell.key])
+
+
+def _report(
+    records: pd.DataFrame,
+    plan: Plan,
+    refused: list[NotApplicable],
+    flags: list[Flag],
+    ledger: Ledger,
+    witnesses: Witnesses,
+) -> Report:
     """Audit the whole, keep the flags, and say at the end what could not be written.
 
     Raises:
@@ -200,7 +215,7 @@ def _report(records: pd.DataFrame, plan: Plan, flags: list[Flag], ledger: Ledger
         [*flags, *([broken] if broken else [])],
         found.violations,
         found.findings,
-        plan.not_applicable,
+        [*plan.not_applicable, *refused],
         [] if store is None else list(store.warnings),
         ledger.unsaved,
     )

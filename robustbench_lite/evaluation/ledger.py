@@ -5,6 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 from numpy import array, int64
 
+from robustbench_lite.certify.errors import UnsupportedOperator
 from robustbench_lite.evaluation.cells import Cell, block_of, sample_keys
 from robustbench_lite.evaluation.examples import Examples
 from robustbench_lite.evaluation.methods import Method
@@ -30,16 +31,18 @@ class Ledger:
 
     Attributes:
         unsaved: what could not be written, with the system's reason.
+        refused: why a certifier cannot bound the model, by the key of its cell; it is asked once, and has no rows.
     """
 
     def __init__(self, store: Store | None, device: str, batch_size: int) -> None:
         self.store, self.device, self.batch_size = store, device, batch_size
         self.unsaved: list[str] = []
+        self.refused: dict[str, str] = {}
         self._writable = False
         self._fresh: dict[str, list[Examples]] = {}  # examples computed for the block at hand
 
     def fetch(self, task: Task, part: Samples, run: Method | None = None) -> pa.Table:
-        """Return one row for each sample of a part of one block, in its order.
+        """Return one row for each sample of a part of one block, in its order; none of a certifier that refuses.
 
         Args:
             task: the cell, and how to compute its rows.
@@ -50,14 +53,18 @@ class Ledger:
             StoreError: rows must be computed, and the store cannot be written.
             EvaluationError: the method failed.
         """
-        if len(part) == 0:
+        if len(part) == 0 or task.cell.key in self.refused:
             return empty_records()
         block = int(block_of(part.indices)[0])
         stored = empty_records() if self.store is None else self.store.rows(task.cell, block)
         known = set(sample_keys(stored))
         missing = array([place for place, key in enumerate(_keys(part)) if key not in known], dtype=int64)
         if len(missing):
-            fresh = self._compute(task, part.take(missing), block, run or task.run)
+            try:
+                fresh = self._compute(task, part.take(missing), block, run or task.run)
+            except UnsupportedOperator as error:
+                self.refused[task.cell.key] = str(error)
+                return empty_records()
             stored = pa.concat_tables([stored, fresh])
         places = {key: place for place, key in enumerate(sample_keys(stored))}
         return stored.take([places[key] for key in _keys(part)])
@@ -107,11 +114,13 @@ def _keys(part: Samples) -> list[tuple[int, str, int]]:
 
 
 def _guarded(task: Task, batch: Samples, block: int, run: Method) -> tuple[pa.Table, Examples | None]:
-    """Run a method; name what failed where."""
+    """Run a method; name what failed where. That a certifier does not know an operator is no failure."""
     try:
         return run(task.cell, batch)
     except Exception as error:
         cell = task.cell
+        if cell.kind == "certifier" and isinstance(error, UnsupportedOperator):
+            raise
         raise EvaluationError(
             f"{cell.defense}: {cell.method} failed on block {block} (samples {batch.indices[0]} .. {batch.indices[-1]} "
             f"of {cell.dataset}): {type(error).__name__}: {error}; finished blocks are kept"

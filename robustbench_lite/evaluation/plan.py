@@ -72,7 +72,7 @@ class Plan:
         if max_queries is not None and max_queries < 1:
             raise ValueError(f"max_queries must be at least 1, got {max_queries}")
         missing = [
-            NotApplicable(threat.name, threat.size, kind, _title(kind, method, max_queries))
+            NotApplicable(threat.name, threat.size, kind, _title(kind, method, max_queries), _unsupported(threat))
             for threat in threats
             for kind, methods in (("attack", attacks), ("certifier", certifiers))
             for method in methods
@@ -113,6 +113,10 @@ def _cell(kind: str, method: Any, max_queries: int | None, settings: dict[str, A
     kept = {key: value for key, value in settings.items() if value is not None}
     name, version = _title(kind, method, max_queries), method.version
     return Cell(kind=kind, method=name, method_spec=spec(method), version=version, settings=kept, **common)
+
+
+def _unsupported(threat: Threat) -> str:
+    return f"it does not support {threat.name}"
 
 
 def _title(kind: str, method: Any, max_queries: int | None) -> str:

@@ -15,12 +15,21 @@ __all__ = ["NotApplicable", "Report"]
 
 @dataclass(frozen=True)
 class NotApplicable:
-    """A method that has nothing to say about a threat: n/a in the table, never 0."""
+    """A method that has nothing to say about a threat, or about this model under it: n/a in the table, never 0.
+
+    Attributes:
+        threat: the threat's name.
+        eps: its budget.
+        kind: "attack" or "certifier".
+        method: the method's name in tables.
+        reason: why not.
+    """
 
     threat: str
     eps: float | None
     kind: str
     method: str
+    reason: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +42,7 @@ class Report:
         flags: reasons to doubt the result.
         violations: contradictions between attack and proof; one is enough to make the verdict "invalid".
         findings: contradictions that chance, rounding or a heuristic explains.
-        not_applicable: methods that do not support a threat.
+        not_applicable: methods that do not support a threat, certifiers that cannot bound the model; with the reason.
         warnings: what was damaged in the store, and computed again.
         unsaved: cells that could not be written, with the system's reason.
     """

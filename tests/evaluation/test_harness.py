@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from robustbench_lite.attacks import PGD, RandomNoise
 from robustbench_lite.attacks.base import Attack
+from robustbench_lite.certify import IBP
 from robustbench_lite.core.models import ABSTAIN
 from robustbench_lite.core.spatial import RotationTranslation
 from robustbench_lite.core.threats import Lp
@@ -174,6 +175,7 @@ def test_what_does_not_apply_is_na() -> None:
     report = evaluate(Linear(), two_blocks(20), RotationTranslation(5, 1), [Shift(), RandomNoise(draws=2)], [Exact()])
     row = report.summary().iloc[0]
     assert {(n.kind, n.method) for n in report.not_applicable} == {("attack", "Shift"), ("certifier", "Exact")}
+    assert all("does not support rotation" in n.reason for n in report.not_applicable)
     assert np.isnan(row["Shift"])
     assert np.isnan(row["Exact"])
     assert np.isnan(row["certified"])
@@ -182,6 +184,28 @@ def test_what_does_not_apply_is_na() -> None:
     only = evaluate(Linear(), two_blocks(20), RotationTranslation(5, 1), [Shift()]).summary().iloc[0]
     assert only["threat"].startswith("rotation")
     assert np.isnan(only["worst_case"])
+
+
+class Softmax(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Linear()(x).softmax(dim=1)
+
+
+@pytest.mark.parametrize("mode", ["full", "cascade"])
+def test_an_operator_without_bounds_costs_a_column_not_the_row(mode: str, tmp_path: Path) -> None:
+    for _ in range(2):
+        report = evaluate(Softmax(), two_blocks(20), THREAT, [Shift()], [IBP(), Exact()], mode=mode, store=tmp_path)
+        (missing,) = report.not_applicable
+        assert (missing.threat, missing.eps, missing.kind, missing.method) == ("linf", 0.05, "certifier", "IBP")
+        assert "is not supported" in missing.reason
+        row, alone = (
+            report.summary().iloc[0],
+            evaluate(Softmax(), two_blocks(20), THREAT, [Shift()], [Exact()], mode=mode),
+        )
+        assert np.isnan(row["IBP"])
+        assert "probabilities" in row["flags"]
+        for name in ("n", "clean", "Shift", "worst_case", "Exact", "certified"):
+            assert row[name] == alone.summary().iloc[0][name], name
 
 
 class Noisy(nn.Module):
