@@ -67,12 +67,15 @@ class Certifier(ABC):
 
         Raises:
             TypeError: images that are not floating point, or labels that are not int64.
-            ValueError: a threat that this certifier does not support, or images, labels or indices out of range.
+            ValueError: a threat that this certifier does not support or that does not fit the images, or images, labels
+                or indices out of range.
         """
         if not self.supports(threat):
             raise ValueError(f"{self} does not support the threat {threat}")
         check_images(x, threat.bounds)
         check_labels(y, x)
+        if isinstance(threat, Lp):
+            threat.check_fits(x)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         names = torch.arange(len(x)) if indices is None else indices

@@ -78,6 +78,12 @@ def test_one_eps_a_sample_and_chunks_change_nothing():
             torch.testing.assert_close(getattr(cut, name), getattr(whole, name))
 
 
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_another_number_of_eps_than_of_images_is_refused(count):
+    with pytest.raises(ValueError, match=f"one value for each of the 4 images, got {count}"):
+        IBP()(halfspace(), X, Y, Lp("linf", torch.full((count,), 0.01)))
+
+
 def test_an_empty_batch_has_an_empty_certificate():
     certificate = IBP()(halfspace(), X[:0], Y[:0], Lp("linf", 0.1))
     assert certificate.status.shape == (0,)
