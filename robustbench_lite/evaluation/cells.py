@@ -4,6 +4,11 @@ A row is named by model fingerprint, sample, threat, method with all its hyper-p
 precision. All but the sample are the same for a whole cell, and name its directory; the sample (index, image hash and
 label) is matched row by row. The index belongs to the name because it names the sample's random stream, the data set
 because an index means nothing without it.
+
+The content of the data is in the name through the sample, not through a hash of the slice, so that slices of one data
+set share their rows, and a corrected image or label makes its own row new and no other. One index may therefore have
+rows about several contents in one cell: whoever picks rows does so by (index, hash, label), never by index. Which
+contents go together in a table `versions` says.
 """
 
 from __future__ import annotations

@@ -114,6 +114,7 @@ def evaluate(
     answered = [parts for key, parts in tables.items() if key not in ledger.refused]
     records = to_frame(pa.concat_tables([table for parts in answered for table in parts]))
     refused = [_refused(task.cell, ledger) for task in tasks if task.cell.key in ledger.refused]
+    _keep_slice(subject, samples, ledger)
     return _report(records, plan, refused, flags, ledger, witnesses)
 
 
@@ -183,6 +184,16 @@ def _proof_cascade(part: Samples, tasks: list[Task], ledger: Ledger, clean: pa.T
 def _mask(rows: pa.Table, column: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
     mask: np.ndarray[Any, np.dtype[np.bool_]] = rows.column(column).to_numpy(zero_copy_only=False).astype(bool)
     return mask
+
+
+def _keep_slice(subject: Subject, samples: Samples, ledger: Ledger) -> None:
+    """Say in the store which samples belong together; one that can only be read does without if it is complete."""
+    if ledger.store is None:
+        return
+    try:
+        ledger.store.put_slice(subject.fingerprint, samples.name, samples)
+    except OSError as error:
+        ledger.unsaved += [f"the list of samples: {error}"] if ledger.wrote else []
 
 
 def _refused(cell: Cell, ledger: Ledger) -> NotApplicable:

@@ -31,6 +31,7 @@ class Ledger:
 
     Attributes:
         unsaved: what could not be written, with the system's reason.
+        wrote: whether anything had to be computed and written.
         refused: why a certifier cannot bound the model, by the key of its cell; it is asked once, and has no rows.
     """
 
@@ -38,7 +39,7 @@ class Ledger:
         self.store, self.device, self.batch_size = store, device, batch_size
         self.unsaved: list[str] = []
         self.refused: dict[str, str] = {}
-        self._writable = False
+        self.wrote = False
         self._fresh: dict[str, list[Examples]] = {}  # examples computed for the block at hand
 
     def fetch(self, task: Task, part: Samples, run: Method | None = None) -> pa.Table:
@@ -69,10 +70,11 @@ class Ledger:
         places = {key: place for place, key in enumerate(sample_keys(stored))}
         return stored.take([places[key] for key in _keys(part)])
 
-    def example(self, cell: Cell, index: int) -> Examples | None:
-        """Return the adversarial example of one sample of the block at hand; None where there is none."""
+    def example(self, cell: Cell, sample: tuple[int, str, int]) -> Examples | None:
+        """Return the adversarial example of one (index, hash, label) of the block at hand; None where there is none."""
+        index = sample[0]
         block = int(block_of(array([index]))[0])
-        stored = [] if self.store is None else self.store.examples(cell, block)
+        stored = [] if self.store is None else self.store.examples(cell, block, sample)
         for examples in [*self._fresh.get(cell.key, []), *stored]:
             found = (examples.index == index).nonzero()[0]
             if len(found):
@@ -84,9 +86,9 @@ class Ledger:
         self._fresh.clear()
 
     def _compute(self, task: Task, part: Samples, block: int, run: Method) -> pa.Table:
-        if self.store is not None and not self._writable:
+        if self.store is not None and not self.wrote:
             self.store.require_writable()
-            self._writable = True
+            self.wrote = True
         tables, examples = [], []
         for start in range(0, len(part), self.batch_size):
             batch = part.take(array(range(start, min(start + self.batch_size, len(part))), dtype=int64))

@@ -3,6 +3,7 @@
     STORE/cells/<cell>/<block>-<unique>.parquet         records of one cell, at most 500 dataset indices
     STORE/cells/<cell>/<block>-<unique>.safetensors     the adversarial examples of its successes
     STORE/flags/<fingerprint>-<dataset>.json            flags that no record shows
+    STORE/slices/<fingerprint>-<dataset>-<content>.json the samples of each evaluation (`versions`)
     STORE/violations/<sample>.json, .safetensors        witnesses of the audit
 
 A file appears whole or not at all, and its examples before it: a killed run loses the block in flight, nothing else.
@@ -24,7 +25,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from robustbench_lite.evaluation.cells import Cell
+from robustbench_lite.evaluation.cells import Cell, SampleNames, sample_keys
 from robustbench_lite.evaluation.examples import Examples, read_examples, write_examples
 from robustbench_lite.evaluation.files import put, remove_leftovers, require_writable, set_aside, write_files
 from robustbench_lite.evaluation.parquet import (
@@ -39,6 +40,7 @@ from robustbench_lite.evaluation.parquet import (
 )
 from robustbench_lite.evaluation.records import KINDS, SCHEMA, empty_records, to_frame
 from robustbench_lite.evaluation.specs import canonical
+from robustbench_lite.evaluation.versions import SAMPLE_COLUMNS, ambiguous, keep_slice, newest, rows_of
 
 __all__ = ["Part", "Store", "StoreError"]
 
@@ -115,11 +117,14 @@ class Store:
             files.insert(0, (path.with_suffix(".safetensors"), lambda stream: write_examples(examples, stream)))
         write_files(files)
 
-    def examples(self, cell: Cell, block: int) -> Iterator[Examples]:
-        """Yield the stored examples of a cell's block."""
+    def examples(self, cell: Cell, block: int, sample: tuple[int, str, int]) -> Iterator[Examples]:
+        """Yield the stored examples of those files of a cell's block that have a row of this sample.
+
+        The sample is (index, image hash, label): its index alone may have stood for another image.
+        """
         for path in sorted(self._folder(cell).glob(f"{block:05d}-*.safetensors")):
-            found = self.examples_of(path.with_suffix(".parquet"))
-            if found is not None:
+            rows, found = self._sound(path.with_suffix(".parquet")), self.examples_of(path.with_suffix(".parquet"))
+            if found is not None and rows is not None and sample in sample_keys(rows):
                 yield found
 
     def examples_of(self, records: Path) -> Examples | None:
@@ -157,11 +162,17 @@ class Store:
             self._report(f"damaged records {part.path.relative_to(self.root)}: {error}")
             return None
 
-    def records(self, columns: Iterable[str] | None = None, **equal: Any) -> pd.DataFrame:
+    def records(
+        self, columns: Iterable[str] | None = None, *, all_versions: bool = False, **equal: Any
+    ) -> pd.DataFrame:
         """Return the records as a frame, each row once; nothing is changed on the disk.
+
+        Where an index stands for another image or label than it did when a model was first evaluated, the rows about
+        the older data are left out, and `warnings` says so.
 
         Args:
             columns: the columns to read; None for all.
+            all_versions: keep the rows about older data.
             equal: keep rows whose column has this value, such as `dataset="digits"`.
 
         Raises:
@@ -174,9 +185,19 @@ class Store:
         folders: dict[Path, list[Path]] = {}
         for path in self._files():
             folders.setdefault(path.parent, []).append(path)
-        tables = [self._cell_records(paths, names, equal) for paths in sorted(folders.values(), key=self._rank)]
-        schema = pa.schema([SCHEMA.field(name) for name in names])
-        return to_frame(pa.concat_tables([schema.empty_table(), *tables]))
+        read = list(dict.fromkeys([*names, *SAMPLE_COLUMNS]))
+        tables = [self._cell_records(paths, read, equal) for paths in sorted(folders.values(), key=self._rank)]
+        schema = pa.schema([SCHEMA.field(name) for name in read])
+        whole = pa.concat_tables([schema.empty_table(), *tables])
+        return to_frame((whole if all_versions else self._one_version(whole)).select(names))
+
+    def put_slice(self, fingerprint: str, dataset: str, samples: SampleNames) -> None:
+        """Keep which samples were evaluated together.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        keep_slice(self.root, fingerprint, dataset, samples)
 
     def put_flags(self, fingerprint: str, dataset: str, flags: list[dict[str, str]]) -> None:
         """Keep the flags that a model raised on a data set, in place of older ones.
@@ -237,6 +258,17 @@ class Store:
         for name, value in equal.items():
             table = table.filter(pc.equal(table.column(name), pa.scalar(value, SCHEMA.field(name).type)))
         return table.select(names)
+
+    def _one_version(self, rows: pa.Table) -> pa.Table:
+        """Leave out what a model was asked about older data of the same name; unknown slices are older."""
+        for dataset, fingerprint in ambiguous(rows):
+            kept = rows_of(rows, dataset, fingerprint, newest(self.root, fingerprint, dataset))
+            self._report(
+                f"{dataset} has changed since the model {fingerprint} was first evaluated on it: "
+                f"{len(rows) - len(kept)} rows about other images or labels are left out"
+            )
+            rows = kept
+        return rows
 
     def _rank(self, paths: list[Path]) -> tuple[str, str]:
         """Order cells by their identity rather than its hash, so that tables keep their order of columns."""

@@ -44,7 +44,11 @@ def summarize(
         records: what `Store.records()` or `Report.records` holds.
         flags: flags that records do not show, by (fingerprint, dataset), as `Store.flags()` returns them.
         threats: (name, eps) of threats that get a row even where no method could say anything about them.
+
+    Raises:
+        ValueError: one index of a model's data stands for two samples.
     """
+    _check_one_version(records)
     invalid = {group for violation in audit(records).violations for group in violation.groups}
     table: list[dict[str, Any]] = []
     attacks: list[str] = []
@@ -61,6 +65,18 @@ def summarize(
         head |= {"eps": key["eps"], "seed": key["seed"], "precision": key["precision"]}
         table.append(head | row.figures() | {"verdict": verdict, "flags": ", ".join(dict.fromkeys(raised))})
     return _ordered(pd.DataFrame(table), attacks, certifiers)
+
+
+def _check_one_version(records: pd.DataFrame) -> None:
+    """Refuse a mix of two data sets of one name: their mean would be about neither."""
+    samples = records[["dataset", "fingerprint", *SAMPLE]].drop_duplicates()
+    twice = samples[samples.duplicated(["dataset", "fingerprint", "index"])]
+    if len(twice):
+        first = twice.iloc[0]
+        raise ValueError(
+            f"index {first['index']} of {first['dataset']} stands for two samples (the data have changed): summarize "
+            "the records of each version alone; Store.records() keeps the newest"
+        )
 
 
 def _groups(

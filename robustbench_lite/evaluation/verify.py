@@ -85,7 +85,7 @@ def verify(store: Store | str, models: Models, data: Data, *, device: str = "aut
     """
     opened = store if isinstance(store, Store) else Store(store)
     found, subjects, samples = Verification(), _Subjects(models, device), _Data(data)
-    records = opened.records()
+    records, everything = opened.records(), opened.records(all_versions=True)
     for part in opened.parts():
         if part.identity["kind"] == "certifier":
             continue
@@ -94,7 +94,7 @@ def verify(store: Store | str, models: Models, data: Data, *, device: str = "aut
             found.skipped.append(f"{part.path.relative_to(opened.root)}: {reason}")
             continue
         _check_part(opened, part, subjects, samples, found)
-    found.violations = audit(records).violations
+    found.violations = audit(everything).violations
     found.warnings = list(opened.warnings)
     found.table = summarize(records, opened.flags())
     return found
@@ -172,6 +172,9 @@ def _check_part(store: Store, part: Part, subjects: _Subjects, data: _Data, foun
     name = str(part.path.relative_to(store.root))
     found.mismatches += [Mismatch(name, i, "the image does not have the hash on record") for i in sorted(wrong)]
     rows = rows[~rows["index"].isin(wrong)]
+    other = {int(i) for i, y in zip(rows["index"], rows["label"], strict=True) if samples.targets[places[int(i)]] != y}
+    found.mismatches += [Mismatch(name, i, "the label is not the one on record") for i in sorted(other)]
+    rows = rows[~rows["index"].isin(other)]
     for start in range(0, len(rows), _BATCH):
         batch = rows.iloc[start : start + _BATCH]
         chosen = samples.take(np.array([places[int(i)] for i in batch["index"]], dtype=np.int64))

@@ -49,7 +49,7 @@ class Witnesses:
         wanted = (facts["threat"], *(facts[f"{prefix}{name}"] for name in ("method", "version", "eps")))
         for cell in cells:
             if (cell.threat, cell.method, cell.version, cell.eps) == wanted:
-                example = self._ledger.example(cell, facts["index"])
+                example = self._ledger.example(cell, (facts["index"], facts["sample_hash"], facts["label"]))
                 if example is not None:
                     return example.x_adv[0]
         return part.x[int(np.flatnonzero(part.indices == facts["index"])[0])].numpy()

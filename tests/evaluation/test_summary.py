@@ -110,7 +110,9 @@ def test_timeouts_have_a_column() -> None:
 def test_one_row_for_each_model_and_threat(tmp_path: Path) -> None:
     for threshold in (7.5, 8.0):
         for threat in (THREAT, Lp("linf", 0.02)):
-            evaluate(Linear(threshold), two_blocks(20), threat, [Shift()], store=tmp_path, name=f"t{threshold}")
+            evaluate(
+                Linear(threshold), two_blocks(30).head(20), threat, [Shift()], store=tmp_path, name=f"t{threshold}"
+            )
     evaluate(Linear(), two_blocks(30), Lp("linf", 0.01), [Shift()], store=tmp_path, mode="cascade", name="t8.0")
     table = summarize(Store(tmp_path).records())
     assert sorted(zip(table["defense"], table["eps"], table["n"], strict=True)) == [
