@@ -122,10 +122,19 @@ def _weights(plain: Mapping[str, Any]) -> dict[str, str]:
         path = entry_folder(plain["defense"]["name"]) / WEIGHTS
         found["zoo"] = digest_file(path) if path.exists() else "missing"
     for text in _texts({name: value for name, value in plain.items() if name != "data"}):
-        path = Path(text)
-        if len(text) < 1000 and path.is_file():
+        path = _there(text)
+        if path is not None and path.is_file():
             found[text] = digest_file(path)
     return found
+
+
+def _there(text: str) -> Path | None:
+    """Return the file or folder that a text names, as the loaders read it; None where it names none."""
+    try:
+        path = Path(text).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long for a name, the home of nobody, a zero byte
+        return None
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -144,7 +153,8 @@ def _data_files(node: Mapping[str, Any]) -> list[list[Any]]:
     named = {key: value for key, value in node.items() if key not in ("_target_", "name", "split")}
     if "data_dir" in node:  # as in data/vision.py, which imports torch
         named["data_dir"] = node["data_dir"] or os.environ.get("RBL_DATA") or "data_cache"
-    return [entry for text in sorted(_texts(named)) if Path(text).exists() for entry in stamp(Path(text))]
+    found = (_there(text) for text in sorted(_texts(named)))
+    return [entry for path in found if path is not None for entry in stamp(path)]
 
 
 def _check(plain: Mapping[str, Any]) -> None:
