@@ -8,9 +8,10 @@ import os
 from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.machinery import PathFinder
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from importlib.util import find_spec
 from pathlib import Path
+from sysconfig import get_path
 from typing import Any
 
 __all__ = ["digest", "digest_file", "digest_module", "digest_sources", "library_versions", "stamp"]
@@ -18,7 +19,7 @@ __all__ = ["digest", "digest_file", "digest_module", "digest_sources", "library_
 LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "pandas", "scikit-learn", "foolbox", "mlxtend", "safetensors")
 _PARTS = ("robustbench_lite", *(f"robustbench_lite.{part}" for part in ("attacks", "certify", "conf", "defenses")))
 _DEPTHS = ("*", "*/*", "*/*/*")  # train/<class>/<image>, MNIST/raw/<file>
-_MANY = 2000  # files: beyond them a folder is no package of somebody's nets
+_MANY = 2000  # files or folders: beyond them a folder is no home of somebody's nets, and takes long to read
 
 
 def digest(value: Any) -> str:
@@ -54,10 +55,10 @@ def digest_sources() -> str:
 
 
 def digest_module(target: str) -> str | None:
-    """Return a digest over the code that a dotted name belongs to, or None where it cannot be found.
+    """Return a digest over the code that a dotted name belongs to, or None where it cannot be found, or is too much.
 
-    That is every Python file of its top-level package; for a module outside packages every one beside it, which it may
-    import.
+    That is every Python file in the folder of its top-level module or package, and in the folders below, since it may
+    import any of them. Of what is installed it is that module or package alone, with the versions of all that is.
     """
     top = target.partition(".")[0]
     try:
@@ -66,13 +67,40 @@ def digest_module(target: str) -> str | None:
         return None
     if spec is None or not (spec.origin or spec.submodule_search_locations):
         return None
-    roots = [Path(root) for root in spec.submodule_search_locations or ()]
-    files = [file for root in roots for file in _python_files(root)]
-    if not roots and spec.origin:
-        files = sorted(Path(spec.origin).parent.glob("*.py"))
-    if not files or len(files) > _MANY:
+    places = [Path(root) for root in spec.submodule_search_locations or [str(spec.origin)]]
+    files: dict[str, Path] = {}
+    for place in places:
+        found = _importable_files(place if _installed(place) else place.parent)
+        if found is None or len(files) + len(found) > _MANY:
+            return None
+        files |= {os.path.abspath(path): path for path in found}
+    if not files:
         return None
-    return digest([[file.name, digest_file(file)] for file in files])
+    shared = os.path.commonpath([os.path.dirname(name) for name in files])
+    return digest([_everything_installed(), *([os.path.relpath(n, shared), digest_file(p)] for n, p in files.items())])
+
+
+def _installed(place: Path) -> bool:
+    return any(os.path.realpath(place).startswith(os.path.realpath(get_path(name))) for name in ("purelib", "platlib"))
+
+
+def _importable_files(place: Path) -> list[Path] | None:
+    """Return the Python files of a folder that an import can reach, or the one file; None where there are too many."""
+    if place.is_file():
+        return [place]
+    found: list[Path] = []
+    for number, (folder, below, names) in enumerate(os.walk(place)):
+        below[:] = sorted(name for name in below if name.isidentifier() and name != "__pycache__")
+        found += [Path(folder, name) for name in sorted(names) if name.endswith(".py")]
+        if len(found) > _MANY or number > _MANY:
+            return None
+    return found
+
+
+@cache
+def _everything_installed() -> list[list[str]]:
+    """Return the names and versions of all distributions: a net from outside may import any."""
+    return sorted([str(found.name), found.version] for found in distributions())
 
 
 def library_versions() -> dict[str, str]:
