@@ -24,7 +24,7 @@ from robustbench_lite.evaluation.store import Part, Store
 
 __all__ = ["Receipt", "all_of", "find", "keep", "receipt_of", "report_of"]
 
-FORMAT = 1
+FORMAT = 2
 _METHOD = ["kind", "method", "version", "threat", "eps"]
 _MODEL = ["dataset", "fingerprint", "seed", "precision"]
 
@@ -39,6 +39,7 @@ class Receipt:
         model: data set, fingerprint, seed and precision of the rows.
         methods: one a method and threat, in the table's order: its `_METHOD` columns, the `files` that hold its rows,
             relative to the store, and the ranges [first, last] of their `indices`.
+        samples: index, image hash and label of each sample: an index alone may have meant another image before.
         threats: name and eps of each threat.
         flags: the report's.
         not_applicable: the report's.
@@ -48,6 +49,7 @@ class Receipt:
     defense: str
     model: dict[str, Any]
     methods: list[dict[str, Any]]
+    samples: list[list[Any]]
     threats: list[list[Any]]
     flags: list[dict[str, str]]
     not_applicable: list[dict[str, Any]]
@@ -68,6 +70,7 @@ def receipt_of(report: Report, config: Mapping[str, Any], store: Path) -> Receip
         str(first["defense"]),
         model,
         methods,
+        _samples(report.records),
         [[name, eps] for name, eps in report.threats],
         [asdict(flag) for flag in report.flags],
         [asdict(part) for part in report.not_applicable],
@@ -84,8 +87,9 @@ def report_of(receipt: Receipt, store: Path) -> Report | None:
         NewerSchemaError: a file was written by a newer version of this package.
     """
     opened, frames = Store(store), []
+    samples = pd.DataFrame(receipt.samples, columns=SAMPLE)
     for method in receipt.methods:
-        rows = _rows(opened, receipt, method)
+        rows = _rows(opened, receipt, method, samples)
         if rows is None:
             return None
         frames.append(rows)
@@ -145,7 +149,12 @@ def _files(store: Path, model: dict[str, Any]) -> dict[str, list[str]]:
     return found
 
 
-def _rows(opened: Store, receipt: Receipt, method: dict[str, Any]) -> pd.DataFrame | None:
+def _samples(records: pd.DataFrame) -> list[list[Any]]:
+    named = records[SAMPLE].drop_duplicates().sort_values("index")
+    return [[int(index), str(image), int(label)] for index, image, label in named.itertuples(index=False)]
+
+
+def _rows(opened: Store, receipt: Receipt, method: dict[str, Any], samples: pd.DataFrame) -> pd.DataFrame | None:
     """Return the rows of one method, each once and in the order of their indices; None where one is missing."""
     frames = []
     for name in method["files"]:
@@ -154,13 +163,15 @@ def _rows(opened: Store, receipt: Receipt, method: dict[str, Any]) -> pd.DataFra
         if frame is None:
             return None
         frames.append(frame)
-    wanted = [index for low, high in method["indices"] for index in range(low, high + 1)]
     if not frames:
         return None
+    indices = [index for low, high in method["indices"] for index in range(low, high + 1)]
+    wanted = pd.MultiIndex.from_frame(samples[samples["index"].isin(indices)])
     rows = pd.concat(frames, ignore_index=True)
-    rows = rows[rows["index"].isin(wanted)].drop_duplicates(SAMPLE).sort_values("index", ignore_index=True)
+    rows = rows[pd.MultiIndex.from_frame(rows[SAMPLE]).isin(wanted)]
+    rows = rows.drop_duplicates(SAMPLE).sort_values("index", ignore_index=True)
     rows["defense"] = pd.Series([receipt.defense] * len(rows), dtype=rows["defense"].dtype)
-    return rows if list(rows["index"]) == wanted else None
+    return rows if list(rows["index"]) == indices else None
 
 
 def _key(method: Mapping[str, Any]) -> str:

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 
-from robustbench_lite.app import digests, hydra_app, jobs
+from robustbench_lite import load_data
+from robustbench_lite.app import building, digests, hydra_app, jobs
 
 NET = (
     "model._target_=users_net.Net", "model.weights=net.safetensors", "limit=20",
@@ -56,6 +58,65 @@ def test_the_key_covers_what_the_answer_depends_on(plain: dict[str, Any], folder
     keys.add(jobs.key_of(plain))
     assert None not in keys
     assert len(keys) == 7
+
+
+def test_a_path_from_home_is_read_as_the_loaders_do(plain: dict[str, Any], folder: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    plain["model"]["weights"], plain["data"]["data_dir"] = "~/w.safetensors", "~"
+    keys = [jobs.key_of(plain)]
+    (folder / "w.safetensors").write_bytes(b"WEIGHTS")
+    keys.append(jobs.key_of(plain))
+    os.utime(folder / "mnist.npz", ns=(1, 1))
+    keys.append(jobs.key_of(plain))
+    assert len(set(keys)) == 3
+    assert jobs.key_of(plain | {"name": "~nobody_of_this_name/x" + 400 * "y"}) is not None
+
+
+@pytest.mark.parametrize("target", ["users_net.Net", "users_package.nets.Net"])
+def test_code_beside_a_users_net_counts(plain: dict[str, Any], folder: Path, monkeypatch, target: str) -> None:
+    for name in ("users_package", "blocks/deep"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text("")
+    (folder / "users_package" / "nets.py").write_text((folder / "users_net.py").read_text())
+    beside, other = folder / "blocks" / "deep" / "layers.py", folder / "notes.txt"
+    beside.write_text("A = 1")
+    plain["model"]["_target_"], plain["data"]["data_dir"] = target, None
+    before = jobs.key_of(plain)
+    other.write_text("no code")
+    assert jobs.key_of(plain) == before
+    beside.write_text("A = 2")
+    assert jobs.key_of(plain) not in (before, None)
+    monkeypatch.setattr(digests, "_MANY", 2)
+    assert jobs.key_of(plain) is None
+
+
+def test_an_installed_net_is_its_package_alone(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(digests, "get_path", lambda name: str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("outsiders_nets", "unrelated"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("A = 1")
+    found = [digests.digest_module("outsiders_nets.Net")]
+    (tmp_path / "unrelated" / "__init__.py").write_text("A = 2")
+    found.append(digests.digest_module("outsiders_nets.Net"))
+    (tmp_path / "outsiders_nets" / "__init__.py").write_text("A = 2")
+    found.append(digests.digest_module("outsiders_nets.Net"))
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_data_file_that_changed_under_one_name(rbl, folder: Path) -> None:
+    data = ("data=npz", f"data.path={folder}/images.npz", "threat.eps=0.1")
+    whole = load_data("digits").head(20)
+    rows = []
+    for shift in (0, 1):
+        images = (whole.images * 255).round().to(torch.uint8).roll(shift, 3).squeeze(1).numpy()
+        np.savez(folder / "images.npz", x_test=images, y_test=whole.labels.numpy())
+        building._load.cache_clear()  # as in a process of its own
+        status, _, err = rbl("evaluate", "--multirun", *NET, *data)
+        assert status == 0, err
+        rows.append(rbl("evaluate", *NET, *data)[1])
+    assert rows[0] != rows[1]
+    assert "served from" in rows[1]
 
 
 @pytest.mark.parametrize("change", [{"device": "cuda"}, {"batch_size": 7}, {"store": "elsewhere"}])
