@@ -88,8 +88,8 @@ def sheets(summaries: Iterable[pd.DataFrame]) -> Iterator[Sheet]:
     for (dataset, threat, eps, n), parts in groups.items():
         frame = rank(_stacked(parts))
         title, slug = _names(str(dataset), threat, eps, n)
-        columns = _shown(frame)
-        cells = [[_cell(row, column) for column in columns] for _, row in frame.iterrows()]
+        columns, named = _shown(frame), frame.assign(defense=_told_apart(frame))
+        cells = [[_cell(row, column) for column in columns] for _, row in named.iterrows()]
         yield Sheet(title, slug, [_HEADERS.get(column, column) for column in columns], cells, frame)
 
 
@@ -111,12 +111,28 @@ def _stacked(parts: list[pd.DataFrame]) -> pd.DataFrame:
 def _names(dataset: str, threat: str | None, eps: float | None, n: int) -> tuple[str, str]:
     if threat is None:
         return f"{dataset}, {n} samples, no threat", f"{_slug(dataset)}-clean-{n}"
-    budget = "" if eps is None else f" eps {eps:.4g}"
+    budget = "" if eps is None else f" eps {_number(eps)}"
     return f"{dataset}, {threat}{budget}, {n} samples", f"{_slug(f'{dataset}-{threat}{budget}')}-{n}"
+
+
+def _number(value: float) -> str:
+    """Return a number in few characters that no other number shares: 0.1, 8/255, 0.031372549."""
+    if float(f"{value:.4g}") == value:
+        return f"{value:.4g}"
+    if round(value * 255) / 255 == value:
+        return f"{round(value * 255)}/255"
+    return f"{value:.12g}" if float(f"{value:.12g}") == value else repr(float(value))
 
 
 def _slug(text: str) -> str:
     return "".join(c if c.isalnum() or c in "._-" else "_" for c in text.replace(" eps ", "-"))
+
+
+def _told_apart(frame: pd.DataFrame) -> list[str]:
+    """Return the names of the rows, with what they were run with where that differs between them."""
+    varying = [name for name in ("seed", "precision", "mode") if frame[name].nunique(dropna=False) > 1]
+    settings = [", ".join(f"{name} {row[name]}" for name in varying) for _, row in frame.iterrows()]
+    return [f"{name} ({own})" if own else str(name) for name, own in zip(frame["defense"], settings, strict=True)]
 
 
 def _shown(frame: pd.DataFrame) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -46,6 +47,24 @@ def test_threats_are_never_mixed() -> None:
     found = list(sheets([summary("a", 0.5), summary("b", 0.4, eps=0.2), summary("c", 0.6), summary("d", 0.1, n=90)]))
     assert [sorted(sheet.frame["defense"]) for sheet in found] == [["a", "c"], ["b"], ["d"]]
     assert len({sheet.slug for sheet in found}) == 3
+
+
+def test_every_budget_has_files_and_a_title_of_its_own(tmp_path: Path) -> None:
+    budgets = [8 / 255, 0.03137, 0.0314, 0.031372549, 0.1, 0.1 + 1e-13, 2.0, 12.345678]
+    found = list(sheets([summary("a", 0.5, eps=eps) for eps in budgets]))
+    assert len({sheet.title for sheet in found}) == len(budgets)
+    assert len({path for sheet in found for path in write_tables(sheet, tmp_path)}) == 3 * len(budgets)
+    assert [sheet.title.split(",")[1] for sheet in found[:2]] == [" linf eps 8/255", " linf eps 0.03137"]
+    assert [float(sheet.frame["eps"].iloc[0]) for sheet in found] == budgets
+
+
+def test_rows_that_differ_by_the_seed_say_it() -> None:
+    (sheet,) = sheets([summary("a", 0.5), summary("a", 0.4, seed=1)])
+    assert [row[1].text for row in sheet.rows] == ["a (seed 0)", "a (seed 1)"]
+    assert list(sheet.frame["defense"]) == ["a", "a"]
+    assert "a (seed 1)" in to_markdown(sheet)
+    (sheet,) = sheets([summary("a", 0.5), summary("b", 0.4)])
+    assert [row[1].text for row in sheet.rows] == ["a", "b"]
 
 
 def test_not_applicable_is_never_zero() -> None:
