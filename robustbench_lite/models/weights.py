@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
+
+from robustbench_lite.core.files import write_atomically
 
 __all__ = ["load_weights", "read_weights", "save_weights"]
 
@@ -86,13 +88,7 @@ def save_weights(model: nn.Module, path: str | Path) -> Path:
     if file.suffix != ".safetensors":
         raise ValueError(f"weights are written as safetensors: the name must end in .safetensors, got {file.name!r}")
     state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        save_file(state, unfinished)
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_atomically(file, save(state))
     return file
 
 
@@ -105,10 +101,16 @@ def _read_safetensors(file: Path) -> Any:
 
 def _read_torch(file: Path) -> Any:
     try:
-        return torch.load(file, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{file} cannot be loaded safely ({reason[:200]}): {_explain()}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice on what it then refuses; ours is below
+            return torch.load(file, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} holds objects that only its own code could load, such as the whole net of torch.save(net); "
+            f"that code is never run: {_explain()}"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{file} is damaged, or no file of torch.save: {_explain()}") from error
 
 
 def _is_entry(item: tuple[Any, Any]) -> bool:

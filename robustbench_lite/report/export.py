@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from robustbench_lite.core.files import write_atomically
 from robustbench_lite.report.sheet import TEXT_COLUMNS, Cell, Sheet
 
 __all__ = ["to_csv", "to_latex", "to_markdown", "write_tables"]
@@ -52,16 +52,10 @@ def to_latex(sheet: Sheet) -> str:
 
 def write_tables(sheet: Sheet, folder: Path) -> list[Path]:
     """Write `<slug>.csv`, `.md` and `.tex` into a folder, each whole or not at all, and return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
     for ending, text in (("csv", to_csv(sheet)), ("md", to_markdown(sheet)), ("tex", to_latex(sheet))):
         path = folder / f"{sheet.slug}.{ending}"
-        temporary = folder / f".{path.name}.{os.getpid()}.tmp"
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(path, text.encode())
         written.append(path)
     return written
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from robustbench_lite.core.files import write_atomically
 from robustbench_lite.data.base import Dataset
 from robustbench_lite.models import create_model, load_model
 from robustbench_lite.zoo.cards import CARD, ROOT, WEIGHTS, card, entry_folder
@@ -117,10 +118,8 @@ def save_entry(
     }
     text = yaml.safe_dump(about, sort_keys=False, allow_unicode=True, width=120)
     folder = (ROOT if root is None else root) / name
-    folder.mkdir(parents=True, exist_ok=True)
     for file, written in ((WEIGHTS, content), (CARD, text.encode())):
-        (folder / f"{file}.tmp").write_bytes(written)
-        (folder / f"{file}.tmp").replace(folder / file)
+        write_atomically(folder / file, written)
     return folder
 
 

@@ -88,9 +88,14 @@ def test_a_pickled_model_or_payload_is_refused(tmp_path: Path) -> None:
     torch.save(net(), tmp_path / "whole.pt")
     torch.save({"state_dict": Payload()}, tmp_path / "payload.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Payload(), protocol=2))
-    for name in ("whole.pt", "payload.pt", "plain.pt"):
-        with pytest.raises(ValueError, match="weights must be safetensors or a plain state dict"):
+    (tmp_path / "new.pt").write_bytes(pickle.dumps(Payload(), protocol=5))  # torch would warn of the protocol
+    for name in ("whole.pt", "payload.pt", "plain.pt", "new.pt"):
+        with pytest.raises(ValueError, match="weights must be safetensors or a plain state dict") as refused:
             load_weights(net(), tmp_path / name)
+        text = str(refused.value)
+        assert "that code is never run" in text
+        assert text.isprintable()
+        assert "WeightsUnpickler" not in text
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
@@ -135,11 +140,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     path = save_weights(net(0), tmp_path / "net.safetensors")
     before = path.read_bytes()
 
-    def full(_: Any, file: Path) -> None:
-        Path(file).write_bytes(b"half")
+    def full(_: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("robustbench_lite.models.weights.save_file", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="no space"):
         save_weights(net(1), path)
     assert path.read_bytes() == before
