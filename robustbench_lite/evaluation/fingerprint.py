@@ -1,9 +1,14 @@
 """The fingerprint of a model: equal for models that answer alike by construction, different where anything differs.
 
 It covers the names, shapes, dtypes and bytes of all parameters and buffers; every other attribute of every submodule
-(sizes, strides, a wrapper's strength, lists of functions); hooks; and the source of every class that is not torch's
-own. So two masks around one net differ, and a defense whose code was changed is evaluated anew. It does not cover
-functions and globals that a class merely calls: whoever changes those gives the model another name or class.
+(sizes, strides, a wrapper's strength, lists of functions); hooks; the source of every class that is not torch's own;
+and what the code of those classes and functions names: global functions, classes and values, in turn (`names`). So two
+masks around one net differ, and a defense whose code, or a helper of it, was changed is evaluated anew. A callable that
+is no module is covered likewise: closures, defaults, a partial's arguments, an object's attributes, a method's object.
+
+It does not cover the code of installed packages, which a class or function of theirs stands for by its own source, nor
+what a function imports when it runs, nor what it finds by a computed name: whoever changes those gives the model
+another name or class.
 
 Left out on purpose: train or eval mode, `requires_grad`, device, and `.grad`.
 """
@@ -16,12 +21,14 @@ import inspect
 from collections.abc import Mapping
 from enum import Enum
 from functools import partial
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from robustbench_lite.evaluation.names import code_of, codes_of, is_followed, named_by
 
 __all__ = ["fingerprint"]
 
@@ -33,8 +40,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 def fingerprint(model: Any, name: str | None = None) -> str:
     """Return 16 hex digits that stand for a model, the same in every process.
 
-    A callable that is not a module cannot be looked into; it is covered by its `name` and, where there is one, its
-    source.
+    A callable that is not a module may compute its answer elsewhere, where nobody can look: its `name` enters as well.
 
     Raises:
         ValueError: a callable without a name.
@@ -48,7 +54,8 @@ def fingerprint(model: Any, name: str | None = None) -> str:
     elif not name:
         raise ValueError("a callable that is not an nn.Module needs a name: evaluate(..., name='mine, weights of May')")
     else:
-        digest.text("callable", name, _source(model if isinstance(model, FunctionType) else type(model)))
+        digest.text("callable", name)
+        digest.value(model)
     return digest.hash.hexdigest()[:16]
 
 
@@ -58,6 +65,7 @@ class _Digest:
     def __init__(self) -> None:
         self.hash = hashlib.sha256()
         self._open: list[int] = []  # objects being fed: a cycle is cut where it closes
+        self._followed: dict[int, Any] = {}  # functions and classes whose names were fed: once is enough
 
     def text(self, *parts: str) -> None:
         for part in parts:
@@ -67,7 +75,7 @@ class _Digest:
     def module(self, module: nn.Module) -> None:
         module = getattr(module, "_orig_mod", module)  # a compiled module is the module
         own = _by_name(type(module))  # torch's private attributes come and go with its versions
-        self.text("module", _class(type(module)))
+        self._class("module", type(module))
         for kind, tensors in (("parameter", module._parameters), ("buffer", module._buffers)):
             for key, tensor in tensors.items():
                 self.text(kind, key)
@@ -107,7 +115,9 @@ class _Digest:
             self.text("numpy", str(value.dtype), str(value.shape))
             self.hash.update(np.ascontiguousarray(value).tobytes())
         elif isinstance(value, type):
-            self.text("class", _class(value))
+            self._class("class", value)
+        elif isinstance(value, ModuleType):
+            self.text("python module", value.__name__)
         elif isinstance(value, (FunctionType, MethodType)):
             self._function(value)
         else:
@@ -125,13 +135,36 @@ class _Digest:
             self.value(function.__self__)
             return
         for cell in function.__closure__ or ():
-            self.value(cell.cell_contents)
+            try:
+                held = cell.cell_contents
+            except ValueError:  # a name that is bound later, or never
+                self.text("empty cell")
+            else:
+                self.value(held)
+        self._names(function, [function])
         self.value(function.__defaults__)
         self.value(function.__kwdefaults__)
 
+    def _class(self, kind: str, cls: type) -> None:
+        self.text(kind, _described(cls))
+        for base in cls.__mro__:
+            if id(base) not in self._followed:
+                self._names(base, codes_of(base) if is_followed(base) else [])
+
+    def _names(self, owner: Any, functions: list[FunctionType]) -> None:
+        """Feed what the code of a function, or of a class's methods, names."""
+        if id(owner) in self._followed:
+            return
+        self._followed[id(owner)] = owner  # kept alive: an id must not come twice
+        for function in functions if is_followed(owner) else []:
+            for name, value in named_by(function):
+                self.text("name", name)
+                self.value(value)
+
     def _object(self, value: Any) -> None:
         """Feed a container, or any other object: its class, and what it holds."""
-        self.text("object", _class(type(value)), str(getattr(value, "__qualname__", getattr(value, "__name__", ""))))
+        self._class("object", type(value))
+        self.text(str(getattr(value, "__qualname__", getattr(value, "__name__", ""))))
         if isinstance(value, partial):
             self.value((value.func, value.args, value.keywords))
         elif isinstance(value, Enum):
@@ -168,7 +201,7 @@ def _by_name(cls: type) -> bool:
     return cls.__module__.partition(".")[0] in _BY_NAME
 
 
-def _class(cls: type) -> str:
+def _described(cls: type) -> str:
     """Return a class's name, with the sources of it and its bases where they are not torch's own."""
     sources = [_source(c) for c in cls.__mro__ if not _by_name(c)]
     return "\n".join([f"{cls.__module__}.{cls.__qualname__}" if not sources else cls.__qualname__, *sources])
@@ -182,7 +215,7 @@ def _source(thing: Any) -> str:
         codes = (
             {k: f.__code__ for k, f in vars(thing).items() if isinstance(f, FunctionType)}
             if isinstance(thing, type)
-            else {"": getattr(thing, "__code__", None)}
+            else {"": code_of(thing)}
         )
         return "\n".join(f"{key} {_code(code)}" for key, code in sorted(codes.items()) if isinstance(code, CodeType))
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
+import linecache
 import os
 import runpy
 import subprocess
@@ -126,6 +130,111 @@ def test_callables_need_a_name() -> None:
     assert fingerprint(lambda x: model(x), "a") != fingerprint(lambda x: model(x), "b")
     with pytest.raises(TypeError, match="callable"):
         fingerprint(3)
+
+
+def over(weights: Tensor, **more: Any) -> Callable[[Tensor], Tensor]:
+    def answer(x: Tensor) -> Tensor:
+        return x @ weights if more is not None else later
+
+    if more:
+        later = 1  # otherwise the cell stays empty
+    return answer
+
+
+class Affine:
+    def __init__(self, weights: Tensor) -> None:
+        self.weights = weights
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x @ self.weights
+
+
+def test_callables_are_looked_into() -> None:
+    one, two = torch.ones(2), torch.zeros(2)
+    for wrap in (
+        over,
+        lambda w: over(w, a=1),
+        Affine,
+        lambda w: partial(torch.mul, w),
+        lambda w: Affine(w).__call__,
+        lambda w: nn.ParameterList([w]).get_parameter,
+    ):
+        assert fingerprint(wrap(one), "m") == fingerprint(wrap(one.clone()), "m") != fingerprint(wrap(two), "m")
+
+
+HELPERS = """
+import torch
+from other import shift
+STRENGTH = 2.0
+TABLE = {"a": torch.ones(2)}
+def unused(x): return x
+def soften(x): return shift(x) * STRENGTH
+class Inner:
+    def go(self, x): return x * 3
+"""
+OTHER = """
+import functools, torch
+LEVEL = 5
+@functools.cache
+def deep(): return 7
+@torch.no_grad()
+def shift(x): return x + LEVEL + deep()
+"""
+DEFENSE = """
+import helpers, logging, torch
+from torch import nn
+from robustbench_lite.evaluation.fingerprint import fingerprint
+LOG = logging.getLogger("x")
+def local(x): return x - 1
+class Net(nn.Module):
+    def forward(self, x):
+        LOG.info("x")
+        y = [local(v) for v in helpers.soften(x)] + [helpers.TABLE["a"]]
+        return torch.stack(y) if x is None else helpers.Inner().go(y)
+print(fingerprint(Net()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "differs"),
+    [
+        ("helpers.py", "2.0", "2.5", True),
+        ("helpers.py", "shift(x) *", "shift(x) +", True),
+        ("helpers.py", "x * 3", "x * 4", True),
+        ("helpers.py", "torch.ones", "torch.zeros", True),
+        ("other.py", "5", "6", True),
+        ("other.py", "7", "8", True),
+        ("other.py", "x + LEVEL", "x - LEVEL", True),
+        ("defense.py", "x - 1", "x - 2", True),
+        ("helpers.py", "unused(x): return x", "unused(x): return -x", False),
+    ],
+)
+def test_what_the_code_names_counts(tmp_path: Path, file: str, old: str, new: str, differs: bool) -> None:
+    def answer() -> str:
+        done = []
+        before = {*sys.modules}
+        sys.path.insert(0, str(tmp_path))
+        try:
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                importlib.invalidate_caches()
+                linecache.clearcache()
+                runpy.run_path(str(tmp_path / "defense.py"), run_name="anything")
+            done.append(out.getvalue())
+        finally:
+            sys.path.remove(str(tmp_path))
+            for name in {*sys.modules} - before:
+                if name in ("helpers", "other"):
+                    del sys.modules[name]
+        return done[0]
+
+    for name, text in (("helpers.py", HELPERS), ("other.py", OTHER), ("defense.py", DEFENSE)):
+        (tmp_path / name).write_text(text)
+    first = answer()
+    assert answer() == first
+    text = (tmp_path / file).read_text()
+    assert old in text
+    (tmp_path / file).write_text(text.replace(old, new) + "# longer, so that no cache of bytecode is believed\n")
+    assert (answer() != first) == differs
 
 
 MODULE = """
