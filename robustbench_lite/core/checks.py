@@ -17,6 +17,7 @@ __all__ = [
     "check_untouched",
     "explain_mismatch",
     "parse_number",
+    "version_of",
 ]
 
 
@@ -122,13 +123,18 @@ def check_predictions(labels: Tensor, x: Tensor) -> None:
         raise ValueError(f"predict must return labels of shape ({len(x)},), got {tuple(labels.shape)}")
 
 
-def check_untouched(x: Tensor, version: int) -> None:
-    """Check that a forward pass left its input alone; `version` is `x._version` from before it.
+def version_of(x: Tensor) -> int | None:
+    """Return the number that changes with each change in place; None in inference mode, where none is kept."""
+    return None if x.is_inference() else x._version
+
+
+def check_untouched(x: Tensor, version: int | None) -> None:
+    """Check that a forward pass left its input alone; `version` is `version_of(x)` from before it.
 
     Raises:
         ValueError: the input was changed in place, so that nobody would know which image the answer belongs to.
     """
-    if x._version != version:
+    if version is not None and x._version != version:
         raise ValueError("the model changes its input in place: write x = x - mean, not x -= mean")
 
 

@@ -20,6 +20,7 @@ from robustbench_lite.core.checks import (
     check_predictions,
     check_untouched,
     explain_mismatch,
+    version_of,
 )
 from robustbench_lite.core.goals import Goal
 from robustbench_lite.core.incumbent import Incumbent
@@ -306,7 +307,7 @@ class Oracle:
             if self._own_predict is None:
                 return (labels_of(self._logits(self._model, points[part], rows[part])),)
             images = self._image(points[part], rows[part])
-            version = images._version
+            version = version_of(images)
             labels = self._own_predict(images)
             check_untouched(images, version)
             check_predictions(labels, images)
@@ -320,7 +321,7 @@ class Oracle:
 
     def _logits(self, model: Model, points: Tensor, rows: Tensor) -> Tensor:
         images = self._image(points, rows)
-        version = images._version
+        version = version_of(images)
         try:
             logits = model(images)
         except torch.OutOfMemoryError:

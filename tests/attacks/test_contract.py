@@ -336,6 +336,14 @@ def test_bad_types_say_what_is_wrong(net, images, y):
             PGD()(*arguments, **options)
 
 
+def test_attacks_without_gradients_work_in_inference_mode(net, images, y):
+    from robustbench_lite.attacks import RandomNoise
+
+    with torch.inference_mode():
+        inside = RandomNoise(draws=5)(net, images, y, Lp("linf", 0.3))
+    assert torch.equal(inside.x_adv, RandomNoise(draws=5)(net, images, y, Lp("linf", 0.3)).x_adv)
+
+
 def test_images_that_require_a_gradient_come_back_without_one(net, images, y):
     from robustbench_lite.attacks import PGD
 
