@@ -23,10 +23,11 @@ import numpy as np
 import pandas as pd
 from scipy.special import bdtrc
 
+from robustbench_lite.evaluation.records import TIE
+
 __all__ = ["GROUP", "SAMPLE", "Audit", "Contradiction", "audit"]
 
 TOLERANCE = 1e-6  # logits: a smaller lead of the wrong class, in float64, proves nothing
-TIE = 1e-4  # logits: a positive lead beyond it says that not the logits decided, but the model's own `predict`
 UNLIKELY = 1e-3
 
 SAMPLE = ["index", "sample_hash", "label"]

@@ -16,8 +16,9 @@ from robustbench_lite.core.results import Status
 from robustbench_lite.core.threats import Threat
 from robustbench_lite.evaluation.cells import Cell
 from robustbench_lite.evaluation.examples import Examples
+from robustbench_lite.evaluation.records import TIE
 from robustbench_lite.evaluation.samples import Samples
-from robustbench_lite.evaluation.subject import TIE, Subject
+from robustbench_lite.evaluation.subject import Subject
 
 if TYPE_CHECKING:
     from robustbench_lite.attacks.base import Attack

@@ -69,6 +69,8 @@ class Plan:
         _check_threats(threats)
         for what, things in (("threat", threats), ("attack", attacks), ("certifier", certifiers)):
             _check_once(what, things)
+        for what, methods in (("attack", attacks), ("certifier", certifiers)):
+            _check_titles(what, methods)
         if max_queries is not None and max_queries < 1:
             raise ValueError(f"max_queries must be at least 1, got {max_queries}")
         missing = [
@@ -133,6 +135,18 @@ def _check_threats(threats: list[Threat]) -> None:
             raise ValueError(f"a robust accuracy needs one budget for all samples: give {threat.name} a number as eps")
     if len({threat.bounds for threat in threats}) > 1:
         raise ValueError(f"threats must agree on the image bounds, got {[threat.bounds for threat in threats]}")
+
+
+def _check_titles(what: str, methods: list[Any]) -> None:
+    """Refuse two methods that one column of the table would hold."""
+    names: dict[str, Any] = {}
+    for method in methods:
+        if title(method) in names:
+            raise ValueError(
+                f"two {what}s are both called {title(method)} in the table: let the fields that tell them apart show "
+                f"(repr=True), or evaluate {names[title(method)]!r} and {method!r} one after the other"
+            )
+        names[title(method)] = method
 
 
 def _check_once(what: str, things: list[Any]) -> None:

@@ -16,12 +16,15 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 
-__all__ = ["CERTIFICATES", "KINDS", "SCHEMA", "SCHEMA_VERSION", "empty_records", "to_frame"]
+__all__ = ["KINDS", "SCHEMA", "SCHEMA_VERSION", "TIE", "empty_records", "to_frame"]
 
 SCHEMA_VERSION = 1  # raise it when a column changes its meaning; a reader refuses versions above its own
 
 KINDS = ("clean", "attack", "certifier")
-CERTIFICATES = ("deterministic", "probabilistic", "estimate")
+
+TIE = 1e-4
+"""A lead, in logits, that float32 cannot tell from none: another batch size may turn it round. A positive one beyond it
+at a wrong answer says that not the logits decided, but the model's own `predict`."""
 
 _TEXT, _WHOLE, _REAL, _TRUTH = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 

@@ -13,22 +13,9 @@ import sys
 from enum import Enum
 from typing import Any
 
-__all__ = ["build", "canonical", "register", "spec", "title"]
+__all__ = ["build", "canonical", "spec", "title"]
 
 _PACKAGE = "robustbench_lite."
-_REGISTERED: dict[str, type] = {}
-
-
-def register(cls: type) -> type:
-    """Allow `build` to make objects of a class outside this package; usable as a decorator.
-
-    Raises:
-        TypeError: not a dataclass.
-    """
-    if not dataclasses.is_dataclass(cls):
-        raise TypeError(f"only dataclasses have specs, got {cls!r}")
-    _REGISTERED[_path(cls)] = cls
-    return cls
 
 
 def spec(obj: Any) -> dict[str, Any]:
@@ -51,7 +38,7 @@ def build(spec: Any) -> Any:
     """Return the object that a spec describes.
 
     Raises:
-        ValueError: the spec names no dataclass of this package and no registered one, or a model.
+        ValueError: the spec names no dataclass of this package, or a model.
     """
     if isinstance(spec, list):
         return tuple(build(part) for part in spec)
@@ -91,7 +78,9 @@ def _short(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_short(part) for part in value) + "]"
     if _is_module(value):
-        return type(value).__name__
+        from robustbench_lite.evaluation.fingerprint import fingerprint
+
+        return f"{type(value).__name__} {fingerprint(value)[:6]}"  # two nets of one class are two methods
     return str(value)
 
 
@@ -129,11 +118,9 @@ def _is_module(value: Any) -> bool:
 
 
 def _resolve(target: str) -> type:
-    if target in _REGISTERED:
-        return _REGISTERED[target]
     module, _, name = target.rpartition(".")
     if not module.startswith(_PACKAGE):
-        raise ValueError(f"{target} is outside {_PACKAGE}*: register the class before building it from a store")
+        raise ValueError(f"{target} is outside {_PACKAGE}*: a store builds classes of this package only")
     try:
         cls = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:

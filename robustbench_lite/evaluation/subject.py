@@ -19,11 +19,11 @@ from robustbench_lite.core.goals import Untargeted
 from robustbench_lite.core.losses import margin
 from robustbench_lite.core.models import INVALID, Model, frozen, is_stochastic, labels_of, predict, rejects
 from robustbench_lite.evaluation.fingerprint import fingerprint
+from robustbench_lite.evaluation.records import TIE
 
-__all__ = ["EOT_SAMPLES", "TIE", "Subject"]
+__all__ = ["EOT_SAMPLES", "Subject"]
 
 EOT_SAMPLES = 20  # draws that a knowing attacker averages over, where the model declares itself stochastic
-TIE = 1e-4  # a lead, in logits, that float32 cannot tell from none: another batch size may turn it round
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _NO_FLOAT64 = (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError)

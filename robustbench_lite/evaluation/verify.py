@@ -21,10 +21,11 @@ from robustbench_lite.core.models import Model
 from robustbench_lite.core.threats import Threat
 from robustbench_lite.data.base import Dataset
 from robustbench_lite.evaluation.audit import Contradiction, audit
+from robustbench_lite.evaluation.records import TIE
 from robustbench_lite.evaluation.samples import Samples, as_samples
 from robustbench_lite.evaluation.specs import build
 from robustbench_lite.evaluation.store import Part, Store
-from robustbench_lite.evaluation.subject import TIE, Subject
+from robustbench_lite.evaluation.subject import Subject
 from robustbench_lite.evaluation.summary import summarize
 
 __all__ = ["Mismatch", "Verification", "verify"]

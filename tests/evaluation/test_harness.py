@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -359,6 +359,11 @@ class Needy(Attack):
         return oracle.best
 
 
+@dataclass(frozen=True)
+class Secret(Needy):
+    hidden: int = field(default=0, repr=False)
+
+
 def _refusals() -> list[Any]:
     x, y = linear_data(8)
     train = nn.Sequential(nn.Dropout(0.5), nn.Flatten(), nn.Linear(16, 2))
@@ -383,6 +388,7 @@ def _refusals() -> list[Any]:
         ({"threat": Lp("linf", torch.full((8,), 0.1))}, "one budget"),
         ({"threat": [THREAT, THREAT]}, "comes twice"),
         ({"attacks": [PGD(), PGD()]}, "attack PGD comes twice"),
+        ({"attacks": [Secret(hidden=1), Secret(hidden=2)]}, "both called Secret"),
         ({"attacks": [PGD]}, "instances of dataclasses"),
         ({"attacks": [Needy(torch.ones(1))]}, "no place in a stored identity"),
         ({"mode": "fast"}, "mode must be one of full, cascade"),
