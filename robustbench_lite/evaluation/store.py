@@ -200,14 +200,23 @@ class Store:
         keep_slice(self.root, fingerprint, dataset, samples)
 
     def put_flags(self, fingerprint: str, dataset: str, flags: list[dict[str, str]]) -> None:
-        """Keep the flags that a model raised on a data set, in place of older ones.
+        """Keep the flags that a model raised on a data set, beside those that other slices of it raised.
+
+        A fingerprint stands for one model: what once was a reason to doubt it remains one. Of two flags of one id the
+        newer is kept.
 
         Raises:
             OSError: they cannot be written.
         """
-        path, data = self._flags(fingerprint, dataset), json.dumps(flags, indent=1).encode()
-        if path.read_bytes() != data if path.exists() else bool(flags):
-            put(path, data)
+        path = self._flags(fingerprint, dataset)
+        try:
+            kept = json.loads(path.read_text()) if path.exists() else []
+        except ValueError as error:
+            self._report(f"damaged flags {path.name}: {error}; written anew")
+            kept = []
+        merged = {flag["id"]: flag for flag in [*kept, *flags]}
+        if list(merged.values()) != kept:
+            put(path, json.dumps(list(merged.values()), indent=1).encode())
 
     def flags(self) -> dict[tuple[str, str], list[dict[str, str]]]:
         """Return the kept flags, by (fingerprint, dataset)."""
