@@ -98,8 +98,9 @@ def evaluate(
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    threats = [threat] if isinstance(threat, Threat) else list(threat)
-    plan = Plan.of(threats, list(attacks), list(certifiers), max_queries)
+    plan = Plan.of(
+        _listed("threat", threat), _listed("attacks", attacks), _listed("certifiers", certifiers), max_queries
+    )
     samples = as_samples(data, plan.bounds)
     subject = Subject.of(model, name, device, precision)
     flags = probe(subject, samples, seed)
@@ -116,6 +117,21 @@ def evaluate(
     refused = [_refused(task.cell, ledger) for task in tasks if task.cell.key in ledger.refused]
     _keep_slice(subject, samples, ledger)
     return _report(records, plan, refused, flags, ledger, witnesses)
+
+
+def _listed(what: str, given: Any) -> list[Any]:
+    """Return threats or methods as a list.
+
+    Raises:
+        TypeError: one method where several are meant, or a name in place of an object.
+    """
+    if what == "threat" and isinstance(given, Threat):
+        return [given]
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        hint = "such as Lp('linf', '8/255')" if what == "threat" else f"write {what}=[...]"
+        kind = "a threat or a list of threats" if what == "threat" else f"a list of {what}"
+        raise TypeError(f"{what} must be {kind}, got {given!r}: {hint}")
+    return list(given)
 
 
 def _blocks(samples: Samples, progress: bool) -> Iterable[Samples]:

@@ -130,7 +130,7 @@ def _check_threats(threats: list[Threat]) -> None:
         raise ValueError("give at least one threat, such as Lp('linf', '8/255')")
     for threat in threats:
         if not isinstance(threat, Threat):
-            raise TypeError(f"a threat must be an Lp, RotationTranslation ..., got {threat!r}")
+            raise TypeError(f"a threat must be an object such as Lp('linf', '8/255'), got {threat!r}")
         if threat.size is None or math.isnan(threat.size):
             raise ValueError(f"a robust accuracy needs one budget for all samples: give {threat.name} a number as eps")
     if len({threat.bounds for threat in threats}) > 1:

@@ -8,8 +8,9 @@ from torch import Tensor
 from robustbench_lite.core.checks import check_labels, check_logits, explain_mismatch
 from robustbench_lite.core.goals import Untargeted
 from robustbench_lite.core.losses import margin
-from robustbench_lite.core.models import frozen
+from robustbench_lite.core.models import Model, frozen
 from robustbench_lite.evaluation.flags import Flag, probabilities, randomised, zero_gradients
+from robustbench_lite.evaluation.ledger import EvaluationError
 from robustbench_lite.evaluation.samples import Samples
 from robustbench_lite.evaluation.subject import Subject
 
@@ -23,36 +24,45 @@ def probe(subject: Subject, samples: Samples, seed: int) -> list[Flag]:
 
     Raises:
         TypeError: the model does not answer with a floating-point tensor.
-        ValueError: its answer has the wrong shape, device or dtype do not fit, or a label has no logit.
+        ValueError: its answer has the wrong shape, device or dtype do not fit, a label has no logit, or
+            the net is for other images.
+        EvaluationError: the model raised an error of another kind.
     """
     x, y = subject.images(samples.x[:PROBED]), samples.y[:PROBED].to(subject.device)
     with subject.seeded(seed), frozen(subject.model, subject.view):
         with torch.no_grad():
-            first, second = _ask(subject, x), _ask(subject, x)
+            first, second = _ask(subject.model, x), _ask(subject.model, x)
         check_logits(first, x)
         if first.shape[1] < 2:
             raise ValueError(f"a classifier needs at least two logits, got {first.shape[1]}")
+        highest = int(samples.y.max())
+        if highest >= first.shape[1]:
+            raise ValueError(f"the model returns {first.shape[1]} logits but the data have labels up to {highest}")
         check_labels(samples.y, samples.x, first.shape[1])
         gradients = _gradients(subject, x, y)
     found = [probabilities(first), randomised(first, second, subject.stochastic), zero_gradients(gradients)]
     return [flag for flag in found if flag is not None]
 
 
-def _ask(subject: Subject, x: Tensor) -> Tensor:
+def _ask(model: Model, x: Tensor) -> Tensor:
+    """Ask the model; say what may be wrong with a forward pass that fails."""
     try:
-        return subject.model(x)
-    except RuntimeError as error:
-        mismatch = explain_mismatch(subject.model, x)
-        if mismatch is None:
-            raise
-        raise ValueError(mismatch) from error
+        return model(x)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        kind, shape = type(model).__name__, "x".join(map(str, x.shape[1:]))
+        if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
+            mismatch = explain_mismatch(model, x)
+            raise ValueError(mismatch or f"{kind} cannot take images of shape {shape}: {error}") from error
+        raise EvaluationError(f"{kind} failed on images of shape {shape}: {type(error).__name__}: {error}") from error
 
 
 def _gradients(subject: Subject, x: Tensor, y: Tensor) -> Tensor:
     """Return the margin's gradient from what an attacker differentiates; zeros where there is none, NaN if it fails."""
     leaf = x.clone().requires_grad_()
     with torch.enable_grad():
-        value = margin((subject.model if subject.view is None else subject.view)(leaf), Untargeted(y)).sum()
+        value = margin(_ask(subject.model if subject.view is None else subject.view, leaf), Untargeted(y)).sum()
         if not value.requires_grad:
             return torch.zeros_like(x)
         try:

@@ -58,7 +58,7 @@ def as_samples(data: Dataset | tuple[Tensor, Tensor], bounds: tuple[float, float
         TypeError: images or labels of another type.
         ValueError: no samples, images outside the bounds, or an index that comes twice.
     """
-    if isinstance(data, (tuple, list)):
+    if isinstance(data, (tuple, list)) and len(data) == 2:
         x, y = data
         check_images(x, bounds)
         check_labels(y, x)
@@ -66,6 +66,11 @@ def as_samples(data: Dataset | tuple[Tensor, Tensor], bounds: tuple[float, float
             raise ValueError("there are no samples to evaluate on")
         images = x.detach().cpu().float()
         return Samples("custom", images, y.cpu(), np.arange(len(x)), hash_images(images))
+    if not isinstance(data, Dataset):
+        raise TypeError(
+            f"data must be a Dataset, as load_data('digits') returns it, or two tensors (images, labels), got "
+            f"{'a sequence of ' + str(len(data)) if isinstance(data, (tuple, list)) else type(data).__name__}"
+        )
     check_images(data.images, bounds)
     indices = data.indices.cpu().numpy()
     if len(np.unique(indices)) < len(indices):

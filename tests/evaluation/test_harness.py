@@ -20,7 +20,7 @@ from robustbench_lite.core.models import ABSTAIN
 from robustbench_lite.core.spatial import RotationTranslation
 from robustbench_lite.core.threats import Lp
 from robustbench_lite.data.base import Dataset
-from robustbench_lite.evaluation import EvaluationError, Report, evaluate
+from robustbench_lite.evaluation import EvaluationError, Report, Store, evaluate
 
 THREAT = Lp("linf", 0.05)
 METHODS: dict[str, Any] = {"attacks": [Shift(0.5), Shift()], "certifiers": [Exact()]}
@@ -377,13 +377,25 @@ def _refusals() -> list[Any]:
         ({"model": wrong}, r"logits of shape \(8, K\)"),
         ({"model": lambda x: x}, "needs a name"),
         ({"model": 3}, "callable"),
-        ({"data": (x, y + 5)}, "labels must be in 0 .. 1"),
+        ({"data": (x, y + 5)}, "the model returns 2 logits but the data have labels up to 6"),
         ({"data": (x * 255, y)}, "divide by 255"),
         ({"data": (x[0], y)}, r"shape \(B, C, H, W\)"),
         ({"data": (x[:0], y[:0])}, "no samples"),
         ({"data": twice}, "index comes twice"),
         ({"threat": []}, "at least one threat"),
-        ({"threat": "linf"}, "must be an Lp"),
+        ({"threat": "linf"}, r"Lp\('linf', '8/255'\)"),
+        ({"threat": ["linf"]}, r"Lp\('linf', '8/255'\)"),
+        ({"threat": None}, r"threat must be a threat or a list"),
+        ({"attacks": PGD()}, r"attacks must be a list of attacks, got PGD.*attacks=\[...\]"),
+        ({"certifiers": IBP()}, r"certifiers must be a list of certifiers"),
+        ({"data": None}, "data must be a Dataset.*got NoneType"),
+        ({"data": x.numpy()}, "data must be a Dataset.*got ndarray"),
+        ({"data": (x,)}, "data must be a Dataset.*sequence of 1"),
+        ({"data": (x.numpy(), y)}, "images must be a torch.Tensor"),
+        (
+            {"model": nn.Sequential(nn.Flatten(), nn.Linear(9, 2))},
+            "Sequential cannot take images of shape 1x4x4: .*9x2",
+        ),
         ({"threat": Lp("linf", None)}, "one budget"),
         ({"threat": Lp("linf", torch.full((8,), 0.1))}, "one budget"),
         ({"threat": [THREAT, THREAT]}, "comes twice"),
@@ -398,6 +410,30 @@ def _refusals() -> list[Any]:
         ({"model": Linear().half()}, "float32 or float64"),
     ]
     return [pytest.param(ok | change, message, id=message[:20]) for change, message in cases]
+
+
+@pytest.mark.parametrize("error", [KeyError("depth"), ZeroDivisionError("by what"), NotImplementedError("one day")])
+def test_an_error_inside_a_model_names_the_model(error: Exception) -> None:
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise error
+
+    with pytest.raises(EvaluationError, match=rf"Broken failed .*{type(error).__name__}: .*{error.args[0]}"):
+        evaluate(Broken(), linear_data(4), THREAT)
+
+
+def test_flags_of_an_earlier_slice_stay(tmp_path: Path) -> None:
+    class Sometimes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = Linear()(x)
+            return torch.where(x[:, :, 0, 0] > 0.5, logits, logits.detach())
+
+    data, first = two_blocks(40), two_blocks(40).images[:, 0, 0, 0]
+    dark, light = (data.take(rows.nonzero().flatten()) for rows in (first <= 0.5, first > 0.5))
+    assert [flag.id for flag in evaluate(Sometimes(), dark, THREAT, store=tmp_path).flags] == ["zero_gradients"]
+    assert not evaluate(Sometimes(), light, THREAT, store=tmp_path).flags
+    ((kept,),) = Store(tmp_path).flags().values()
+    assert kept["id"] == "zero_gradients"
 
 
 @pytest.mark.parametrize(("arguments", "message"), _refusals())
