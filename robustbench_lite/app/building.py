@@ -55,7 +55,13 @@ def model(plain: Mapping[str, Any]) -> Any:
     """Return the model of a job: the zoo's entry, or the user's net with its weights, in eval mode."""
     if plain["defense"]:
         return build(plain["defense"], "defense")
-    return net(plain["model"], data(plain)).eval()
+    built = net(plain["model"], data(plain)).eval()
+    if plain["model"].get("weights") is None and any(True for _ in built.parameters()):
+        raise ValueError(
+            f"{plain['model']['_target_']} has parameters and no weights, so it would be a random net: give "
+            "model.weights=<file>; for a net that loads its own: model.weights=own"
+        )
+    return built
 
 
 def net(node: Mapping[str, Any], samples: Dataset) -> nn.Module:
@@ -69,7 +75,7 @@ def complete(node: Mapping[str, Any], samples: Dataset) -> dict[str, Any]:
 
     Architectures of ours always fit the data. A net of the user's gets what it names as arguments and is not given.
     """
-    options = {key: value for key, value in node.items() if key != "weights" or value is not None}
+    options = {key: value for key, value in node.items() if key != "weights" or value not in (None, "own")}
     target = str(options["_target_"])
     channels, height, width = samples.images.shape[1:]
     size = height if height == width else (height, width)

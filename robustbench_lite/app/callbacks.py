@@ -12,9 +12,10 @@ from omegaconf import DictConfig
 from robustbench_lite.app import receipts, sweeps
 from robustbench_lite.app.console import console
 from robustbench_lite.app.errors import report_errors
-from robustbench_lite.app.screen import show_sheet
+from robustbench_lite.app.screen import show_not_applicable, show_sheet
+from robustbench_lite.app.unkept import is_read_only, unkept
 from robustbench_lite.report.export import write_tables
-from robustbench_lite.report.sheet import sheets, table_of
+from robustbench_lite.report.sheet import Sheet, sheets, table_of
 
 __all__ = ["TableCallback"]
 
@@ -42,27 +43,41 @@ class TableCallback(Callback):
 
 
 def _finish(folder: Path, store: Path) -> int:
-    failed, summaries = [], []
+    failed, reports = [], []
     for ended, receipt in sweeps.outcomes(folder):
         report = receipts.report_of(receipt, store) if receipt else None
         if report is None:
             failed.append((ended.name, ended.error or "its rows are no longer in the store"))
         else:
-            summaries.append(table_of(report))
-    screen = console()
-    for sheet in sheets(summaries):
+            reports.append((receipt.defense if receipt else "", report))
+    found = list(sheets(table_of(report) for _, report in reports))
+    for sheet in found:
         show_sheet(sheet)
-        paths = write_tables(sheet, store / "tables")
-        endings = ",".join(path.suffix.removeprefix(".") for path in paths)
-        stem = paths[0].with_suffix("").as_posix()
-        screen.print(f"written: {stem}.{{{endings}}}", style="dim", highlight=False, soft_wrap=True)
+    for defense, report in reports:
+        show_not_applicable(report, defense)
+    lost = not _written(found, store / "tables")
     for name, error in failed:
         print(f"failed: {name}: {error}", file=sys.stderr)
     if failed:
-        print(
-            f"tracebacks are in {folder.as_posix()}; run the command again to compute what is missing", file=sys.stderr
-        )
+        places = " and ".join(place.as_posix() for place in sweeps.places(folder))
+        print(f"tracebacks are in {places}; run the command again to compute what is missing", file=sys.stderr)
     else:
         sweeps.forget(folder)
-    invalid = any((summary["verdict"] == "invalid").any() for summary in summaries)
-    return int(bool(failed) or invalid)
+    invalid = any(report.verdict == "invalid" for _, report in reports)
+    return int(bool(failed) or invalid or lost)
+
+
+def _written(found: list[Sheet], folder: Path) -> bool:
+    """Write the tables, say where, and return whether none was lost to a full disk."""
+    screen = console()
+    for sheet in found:
+        try:
+            paths = write_tables(sheet, folder)
+        except OSError as error:
+            only_read = is_read_only(error)
+            print(f"{'note' if only_read else 'error'}: {unkept('the tables', error)}", file=sys.stderr)
+            return only_read
+        endings = ",".join(path.suffix.removeprefix(".") for path in paths)
+        stem = paths[0].with_suffix("").as_posix()
+        screen.print(f"written: {stem}.{{{endings}}}", style="dim", highlight=False, soft_wrap=True)
+    return True

@@ -100,7 +100,7 @@ def _importable_files(place: Path) -> list[Path] | None:
 @cache
 def _everything_installed() -> list[list[str]]:
     """Return the names and versions of all distributions: a net from outside may import any."""
-    return sorted([str(found.name), found.version] for found in distributions())
+    return [list(pair) for pair in sorted({(str(found.name), found.version) for found in distributions()})]
 
 
 def library_versions() -> dict[str, str]:

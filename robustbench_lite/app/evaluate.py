@@ -56,12 +56,16 @@ def _sweep_job(config: DictConfig) -> int:
         print(f"  {' '.join(overrides)}: failed: {message}", file=sys.stderr, flush=True)
         return 1
     sweeps.record(folder, sweeps.Ended(num, overrides, asdict(done.receipt)))
+    if done.problem or done.note:
+        print(f"  {done.receipt.defense}: {done.problem or done.note}", file=sys.stderr)
     how = "from the store" if done.served else f"{time.perf_counter() - start:.1f} s"
     print(f"  {done.receipt.defense}: {how}", file=sys.stderr, flush=True)
-    return 0
+    return int(bool(done.problem))
 
 
 def _say_where(done: Done, config: DictConfig) -> None:
+    if done.note:
+        print(f"note: {done.note}", file=sys.stderr)
     if done.problem:
         print(f"error: {done.problem}", file=sys.stderr)
     elif config.store:

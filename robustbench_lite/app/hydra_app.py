@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from robustbench_lite import zoo
+from robustbench_lite.app.sweeps import folder_for
 
 __all__ = ["CONFIG_PATH", "register", "run"]
 
 CONFIG_PATH = "pkg://robustbench_lite.conf"
+_RANKED = ("evaluate", "leaderboard")  # their sweeps end in a table, made from what the jobs leave in a folder
+_WITH_VALUE = (
+    "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
+    "--experimental-rerun",
+)  # fmt: skip
 ZOO_OF = {"mnist5k": "mnist"}  # data sets that are slices of another one, whose defenses they judge
 
 
@@ -34,22 +44,34 @@ def run(job: Callable[[DictConfig], int], command: str, arguments: Sequence[str]
             ends.append(error)
 
     register()
-    with _process_state(["rbl " + command, *arguments, *_sweep_folder(arguments)]):
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    aside = Path(tempfile.gettempdir()) / f"rbl-{command}-{name}"
+    sweep = f"'${{sweep_folder:${{store}},{name}}}'" if command in _RANKED else aside.as_posix()
+    with _process_state(["rbl " + command, *_arranged(arguments, sweep)]):
         try:
             hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name=command)(guarded)()
         except SystemExit as end:
             return end.code if isinstance(end.code, int) else int(end.code is not None)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     for ended in ends:
         if isinstance(ended, Exception):
             raise ended
     return max((ended for ended in ends if isinstance(ended, int)), default=0)
 
 
-def _sweep_folder(arguments: Sequence[str]) -> list[str]:
-    """Return the override that gives each sweep a folder of its own in the store, unless the user names one."""
-    if any(argument.startswith("hydra.sweep.dir=") for argument in arguments):
-        return []
-    return [f"hydra.sweep.dir=${{store}}/sweeps/{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"]
+def _arranged(arguments: Sequence[str], sweep: str) -> list[str]:
+    """Return flags first and overrides together, as Hydra's parser needs them, with the folder of a sweep.
+
+    That is one of its own in the store, unless the user names one.
+    """
+    flags: list[str] = []
+    overrides: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        (flags if argument.startswith("-") or before in _WITH_VALUE else overrides).append(argument)
+    if not any(override.startswith("hydra.sweep.dir=") for override in overrides):
+        overrides.append(f"hydra.sweep.dir={sweep}")
+    return [*flags, *overrides]
 
 
 def register() -> None:
@@ -64,6 +86,7 @@ def register() -> None:
         }
         store.store(group=f"defense/{data}", name=entry, node=node, provider="zoo")
     OmegaConf.register_new_resolver("zoo_entries", _zoo_entries, replace=True)
+    OmegaConf.register_new_resolver("sweep_folder", cache(folder_for), replace=True)
 
 
 def _zoo_entries(data: str) -> str:

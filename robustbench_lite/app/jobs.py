@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from robustbench_lite import zoo
 from robustbench_lite.app import receipts
+from robustbench_lite.app.devices import check_device, require_device
 from robustbench_lite.app.digests import (
     LIBRARIES,
     digest,
@@ -22,11 +23,15 @@ from robustbench_lite.app.digests import (
     library_versions,
     stamp,
 )
+from robustbench_lite.app.unkept import is_read_only, unkept
 from robustbench_lite.evaluation.report import Report
 from robustbench_lite.zoo.cards import WEIGHTS, entry_folder
 
-__all__ = ["Done", "evaluate_job", "key_of", "plain_config"]
+__all__ = ["OWN", "Done", "evaluate_job", "key_of", "plain_config"]
 
+OWN = "own"  # model.weights of a net that loads them itself
+_PRECISIONS = ("auto", "float32", "float64")
+_IGNORED = ("attack", "attacks", "certifier", "certifiers")  # at the top level nobody would read them
 _NOT_KEYED = ("store", "device", "batch_size", "usual_eps", "experiment")  # the answer does not depend on them
 
 
@@ -39,12 +44,14 @@ class Done:
         served: whether it came from the store alone.
         receipt: names its rows; None where the store does not hold them all.
         problem: what could not be written, in words.
+        note: the same of a store that can only be read, and already holds the rows.
     """
 
     report: Report
     served: bool
     receipt: receipts.Receipt | None
     problem: str = ""
+    note: str = ""
 
 
 def evaluate_job(config: DictConfig) -> Done:
@@ -80,9 +87,13 @@ def plain_config(config: DictConfig) -> dict[str, Any]:
 def key_of(plain: Mapping[str, Any]) -> str | None:
     """Return the name of the receipt of a job; None where something it depends on cannot be told without importing it.
 
+    A net that loads its own weights (model.weights=own) is such a thing.
+
     Args:
         plain: the resolved configuration.
     """
+    if not plain["defense"] and plain["model"].get("weights") == OWN:
+        return None
     kept = {name: value for name, value in plain.items() if name not in _NOT_KEYED}
     modules: dict[str, str] = {}
     for target in sorted(_targets(kept)):
@@ -122,9 +133,9 @@ def _weights(plain: Mapping[str, Any]) -> dict[str, str]:
         path = entry_folder(plain["defense"]["name"]) / WEIGHTS
         found["zoo"] = digest_file(path) if path.exists() else "missing"
     for text in _texts({name: value for name, value in plain.items() if name != "data"}):
-        path = _there(text)
-        if path is not None and path.is_file():
-            found[text] = digest_file(path)
+        named = _there(text)
+        if named is not None and named.is_file():
+            found[text] = digest_file(named)
     return found
 
 
@@ -158,10 +169,27 @@ def _data_files(node: Mapping[str, Any]) -> list[list[Any]]:
 
 
 def _check(plain: Mapping[str, Any]) -> None:
+    _check_settings(plain)
+    _check_subject(plain)
+
+
+def _check_settings(plain: Mapping[str, Any]) -> None:
+    for group in _IGNORED:
+        if group in plain:
+            kind = group.removesuffix("s")
+            raise ValueError(
+                f"+{group}=... would change nothing: methods belong to the suite, +{kind}@suite.{kind}s.<name>=<{kind}>"
+            )
+    if plain["precision"] not in _PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(_PRECISIONS)}, got {plain['precision']!r}")
+    check_device(plain["device"])
     for name in ("seed", "batch_size", "limit", "max_queries"):
         value = plain[name]
         if not (isinstance(value, int) or (value is None and name in ("limit", "max_queries"))):
             raise ValueError(f"{name} must be a whole number, got {value!r}")
+
+
+def _check_subject(plain: Mapping[str, Any]) -> None:
     defense, model = plain["defense"], plain["model"]
     own = bool(model) and bool(model.get("_target_"))
     if not defense and not own:
@@ -182,6 +210,7 @@ def _compute(plain: dict[str, Any], store: Path | None, key: str | None) -> Done
     from robustbench_lite.app import building  # torch, from here on
     from robustbench_lite.evaluation import UnsavedError, evaluate
 
+    require_device(plain["device"])
     problem = ""
     try:
         report = evaluate(
@@ -193,11 +222,17 @@ def _compute(plain: dict[str, Any], store: Path | None, key: str | None) -> Done
             store=store,
             name=building.row_name(plain),
             progress=sys.stderr.isatty(),
-            **{name: plain[name] for name in ("seed", "mode", "batch_size", "device", "max_queries")},
+            **{name: plain[name] for name in ("seed", "mode", "batch_size", "device", "max_queries", "precision")},
         )
     except UnsavedError as error:
         report, problem = error.report, str(error)
     receipt = None if store is None or problem else receipts.receipt_of(report, plain, store)
-    if store and receipt and key:
-        receipts.keep(store, key, receipt)
-    return Done(report, False, receipt, problem)
+    note = ""
+    if store and receipt:
+        try:
+            receipts.keep(store, key or f"unserved-{digest(plain)}", receipt)  # one for rbl verify alone, without a key
+        except OSError as error:
+            note = unkept("the receipt", error)
+            if not is_read_only(error):
+                problem, note = note, ""
+    return Done(report, False, receipt, problem, note)

@@ -13,7 +13,7 @@ from robustbench_lite.report.table import to_screen
 if TYPE_CHECKING:
     from robustbench_lite.evaluation.report import Report
 
-__all__ = ["show_report", "show_sheet"]
+__all__ = ["show_not_applicable", "show_report", "show_sheet"]
 
 
 def show_sheet(sheet: Sheet) -> None:
@@ -22,11 +22,19 @@ def show_sheet(sheet: Sheet) -> None:
     screen.print(to_screen(sheet, screen.width))
 
 
+def show_not_applicable(report: Report, defense: str = "") -> None:
+    """Print why methods are n/a, where they gave a reason."""
+    of = f" for {defense}" if defense else ""
+    for method, reason in dict.fromkeys((part.method, part.reason) for part in report.not_applicable if part.reason):
+        console().print(Text(f"{method}: n/a{of}: {reason}"), highlight=False)
+
+
 def show_report(report: Report) -> None:
     """Print the table of a report, and why its figures may be doubted."""
     for sheet in sheets([table_of(report)]):
         show_sheet(sheet)
     screen = console()
+    show_not_applicable(report)
     for flag in report.flags:
         screen.print(Text.assemble(("flag ", "yellow"), (flag.id, "bold"), f": {flag.evidence}; {flag.remedy}"))
     for violation in report.violations:
