@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import sys
@@ -9,12 +10,17 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
+from sysconfig import get_path
 
 from robustbench_lite.core.errors import suggest
 
 __all__ = ["Outcome", "explain", "report_errors"]
 
 CANNOT_RUN = 2
+_DEBUG = "--debug shows the traceback"
+_OURS = ("robustbench_lite", *(f"robustbench_lite.{part}" for part in ("attacks", "certify", "conf", "defenses")))
+_METHODS = {"attack": "attacks", "certifier": "certifiers"}
 _INTERNAL = (AssertionError, AttributeError, IndexError, KeyError, NameError, RecursionError, UnboundLocalError)
 
 
@@ -52,9 +58,27 @@ def explain(error: BaseException) -> str | None:
     module = type(error).__module__
     if module.startswith(("hydra.", "omegaconf.")):
         return _one_line(_explain_config(error))
+    place = _users_place(error)
     if isinstance(error, _INTERNAL):
-        return None
-    return _one_line(str(error) or type(error).__name__)
+        return None if place is None else _one_line(f"{place}: {type(error).__name__}: {error} ({_DEBUG})")
+    return _one_line(str(error) or f"{place + ': ' if place else ''}{type(error).__name__}")
+
+
+def _users_place(error: BaseException) -> str | None:
+    """Return the innermost place in code that is neither ours nor installed: "Net.forward (nets.py, line 12)"."""
+    installed = {os.path.realpath(get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    ours = [os.path.realpath(folder) for part in _OURS for folder in _folders(part)]
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        code = frame.f_code
+        file = os.path.realpath(code.co_filename)
+        if os.path.isfile(file) and not any(file.startswith(folder + os.sep) for folder in (*installed, *ours)):
+            return f"{code.co_qualname} ({os.path.basename(file)}, line {line})"
+    return None
+
+
+def _folders(part: str) -> list[str]:
+    spec = find_spec(part)
+    return list(spec.submodule_search_locations or ()) if spec else []
 
 
 def _explain_config(error: BaseException) -> str:
@@ -62,6 +86,9 @@ def _explain_config(error: BaseException) -> str:
     from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError, MissingMandatoryValue
 
     cause = error.__cause__
+    group = re.match(r"Could not override '(attack|certifier)s?'", str(error))
+    if group and "@defense." not in str(error):
+        return _method_alone(group[1], str(error))
     if isinstance(error, MissingConfigException):
         return _missing_config(error.missing_cfg_file or "", error.options or ())
     if isinstance(error, InstantiationException):
@@ -75,6 +102,19 @@ def _explain_config(error: BaseException) -> str:
     if cause is not None and type(cause).__module__.startswith("omegaconf."):
         return f"{str(error).splitlines()[0]} {str(cause).splitlines()[0]}"
     return str(error).split("\nSee https://")[0]
+
+
+def _method_alone(group: str, text: str) -> str:
+    """Explain `attack=pgd`: methods are added to a suite, under a name."""
+    from robustbench_lite.core import registry
+
+    names = list(registry.groups(group))
+    given = re.search(r"\+\w+=(\w+)", text)
+    value = given[1] if given else ""
+    guess = next(iter(difflib.get_close_matches(value, names, n=1, cutoff=0.5)), f"<{group}>")
+    said = f"{suggest(value, names, group)}; " if value and value not in names else ""
+    name = "mine" if guess in names else "<name>"
+    return f"{said}{group}s belong to the suite: +{group}@suite.{_METHODS[group]}.{name}={guess}"
 
 
 def _missing_config(path: str, options: Sequence[str]) -> str:
@@ -93,7 +133,13 @@ def _unknown_key(cause: BaseException | None) -> str:
     prefix = full_key.removesuffix(key)
     from robustbench_lite.app.listing import GROUPS
 
-    names = [*known, *([group for group, _ in GROUPS.values()] if not prefix else [])]
+    groups = [group for group, _ in GROUPS.values() if group not in _METHODS] if not prefix else []
+    names = [*known, *groups]
+    kind = next((kind for kind, plural in _METHODS.items() if key in (kind, plural)), None)
+    if kind and not prefix:
+        return f"{kind}s belong to the suite: +{kind}@suite.{kind}s.<name>=<{kind}>"
+    if not names:
+        return f"unknown config key {key!r}{f' in {prefix.rstrip(chr(46))}' if prefix else ''}: there are none"
     where = f" in {prefix.rstrip('.')}" if prefix else ""
     return f"{suggest(key, set(names), 'config key')}{where} (a new key is added by +{full_key}=...)"
 

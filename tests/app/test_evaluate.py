@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import csv
+import errno
+import os
+import pkgutil
+import shutil
+import tempfile
+from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
 
 from robustbench_lite import Lp, evaluate, load_data
+from robustbench_lite.app import sweeps
 from robustbench_lite.attacks import FGSM
 from robustbench_lite.models import load_weights
 
@@ -69,6 +78,143 @@ def test_without_a_store(rbl, folder: Path) -> None:
     assert status == 2
     assert "needs a store" in err
     assert {path.name for path in folder.iterdir()} <= {"users_net.py", "net.safetensors", "__pycache__"}
+
+
+BROKEN = """
+from torch import nn
+
+
+class Forward(nn.Module):
+    def forward(self, x):
+        return self.nothing(x)
+
+
+class Init(nn.Module):
+    def __init__(self):
+        super().__init__()
+        {}["key"]
+"""
+
+
+def test_errors_in_the_users_code_name_it(rbl, folder: Path) -> None:
+    (folder / "users_broken.py").write_text(BROKEN)
+    for name, words in (("Init", ("Init.__init__", "KeyError: 'key'")), ("Forward", ("Forward", "AttributeError"))):
+        status, _, err = rbl("evaluate", f"model._target_=users_broken.{name}", "limit=5")
+        assert status == 2
+        assert err.count("\n") == 1
+        assert all(word in err for word in words)
+        assert "Traceback" in rbl("evaluate", f"model._target_=users_broken.{name}", "limit=5", "--debug")[2]
+
+
+def test_a_net_with_its_own_weights(rbl, folder: Path) -> None:
+    (folder / "users_own.py").write_text("import users_net\n\n\nclass Own(users_net.Net):\n" + OWN)
+    own = ("model._target_=users_own.Own", "model.weights=own", "limit=20", *SMALL)
+    first, again = rbl("evaluate", *own), rbl("evaluate", *own)
+    assert first[0] == again[0] == 0
+    assert first[1] == again[1]
+    assert "served" not in again[1]  # nothing tells whether its file has changed
+    expected = rbl("evaluate", *NET, *SMALL, "name=Own", "store=other")[1]
+    assert first[1].splitlines()[:6] == expected.splitlines()[:6]
+    status, out, err = rbl("verify")
+    assert status == 0, out + err
+
+
+OWN = """\
+    def __init__(self):
+        super().__init__()
+        from robustbench_lite.models import load_weights
+
+        load_weights(self, "net.safetensors")
+"""
+
+
+def test_precision_is_passed_on_and_keyed(rbl, folder: Path) -> None:
+    for precision in ("float64", "float32"):
+        status, out, _ = rbl("evaluate", *NET, *SMALL, f"precision={precision}")
+        assert status == 0
+        assert "kept in" in out
+    from robustbench_lite.evaluation.store import Store
+
+    assert set(Store("results").records(["precision"])["precision"]) == {"float32", "float64"}
+
+
+def test_reasons_stand_below_the_table(rbl, folder: Path) -> None:
+    (folder / "users_softmax.py").write_text(SOFTMAX)
+    soft = ("model._target_=users_softmax.Soft", "model.weights=net.safetensors", *SMALL)
+    for arguments in (("evaluate",), ("evaluate",), ("evaluate", "--multirun")):
+        status, out, err = rbl(*arguments, *soft)
+        assert status == 0, err
+        assert "IBP: n/a" in out
+        assert "erfinv" in out
+
+
+SOFTMAX = """
+import torch
+import users_net
+
+
+class Soft(users_net.Net):
+    def forward(self, x):
+        return torch.erfinv(0.5 * torch.tanh(super().forward(x)))
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(errno.EROFS, 0), (errno.ENOSPC, 1)])
+def test_a_store_that_cannot_be_written_any_more(rbl, folder: Path, monkeypatch, number: int, status: int) -> None:
+    expected = rbl("evaluate", *NET, *SMALL)[1]
+    table = rbl("evaluate", "--multirun", *NET, *SMALL, "seed=0,1")[1].partition("written")[0]
+    for receipt in (folder / "results" / "receipts").iterdir():
+        receipt.unlink()
+    shutil.rmtree(folder / "results" / "tables")
+    store = folder / "results"
+
+    def refuse(original: Any, path: Path, data: bytes) -> None:
+        if path.absolute().is_relative_to(store):
+            raise OSError(number, os.strerror(number))
+        original(path, data)
+
+    for name in ("app.receipts.put", "app.sweeps.put", "report.export.write_atomically"):
+        name = f"robustbench_lite.{name}"
+        monkeypatch.setattr(name, partial(refuse, pkgutil.resolve_name(name)))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / "tmp"))
+    (folder / "tmp").mkdir()
+    ended, out, err = rbl("evaluate", *NET, *SMALL)
+    assert ended == status
+    assert out.splitlines()[:6] == expected.splitlines()[:6]
+    assert "receipt could not be kept" in err
+    ended, out, err = rbl("evaluate", "--multirun", *NET, *SMALL, "seed=0,1")
+    assert ended == status
+    assert out.startswith(table)
+    assert "the tables could not be kept" in err
+    assert list((folder / "tmp").iterdir()) == []
+
+
+def test_a_sweep_goes_elsewhere_where_nothing_can_be_written(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    assert sweeps.folder_for(str(tmp_path / "store"), "x") == f"{tmp_path}/store/sweeps/x"
+    assert not (tmp_path / "store").exists()
+    monkeypatch.setattr(tempfile, "TemporaryFile", Mock(side_effect=OSError(errno.EROFS, "read-only")))
+    assert sweeps.folder_for(str(tmp_path / "store"), "x").startswith(str(tmp_path / "tmp"))
+
+
+@pytest.mark.parametrize("command", ["evaluate", "leaderboard", "train", "verify"])
+def test_what_hydra_shows(rbl, folder: Path, zoo: Path, command: str) -> None:
+    for arguments in (["--cfg", "job"], ["store=x", "--cfg", "job"], ["--cfg", "job", "store=x"], ["--help"]):
+        status, out, err = rbl(command, *arguments)
+        assert (status, err) == (0, "")
+        assert "store: " in out
+        assert ("store: x" in out) == ("store=x" in arguments)
+    assert not (folder / "results").exists()
+    assert not (folder / "x").exists()
+
+
+def test_a_sweep_of_trainings_leaves_weights_alone(rbl, folder: Path) -> None:
+    before = set(folder.iterdir())
+    chosen = ("model=mlp", "model.hidden=[4]", "limit=50", "epochs=1", "seed=0,1", "weights=w/${seed}.safetensors")
+    status, _, err = rbl("train", "--multirun", *chosen)
+    assert status == 0, err
+    assert {path.name for path in set(folder.iterdir()) - before} <= {"w", "__pycache__"}
 
 
 def test_leaderboard(rbl, folder: Path, zoo: Path) -> None:
@@ -144,6 +290,17 @@ class Liar(Certifier):
         (["evaluate", "suite.attacks.pgd.stps=3"], "did you mean 'steps'"),
         (["evaluate", "defense=digits/c"], "did you mean 'digits/"),
         (["evaluate", "data=digitz"], "did you mean 'digits'"),
+        (["evaluate", "attack=pdg"], "did you mean 'pgd'? "),
+        (["evaluate", "attack=pdg"], "+attack@suite.attacks.mine=pgd"),
+        (["evaluate", "suite=certified", "attack=pdg"], "+attack@suite.attacks.mine=pgd"),
+        (["evaluate", "attacks=fgsm"], "+attack@suite.attacks.mine=fgsm"),
+        (["evaluate", *NET, "+attack=fgsm"], "+attack@suite.attacks.<name>=<attack>"),
+        (["evaluate", *NET, "+certifier=ibp"], "would change nothing"),
+        (["evaluate", "data.name.x=3"], "name"),
+        (["evaluate", *NET, "device=cud"], "device must be auto, cpu, cuda"),
+        (["evaluate", *NET, "device=cuda:77"], "device=cuda:77: PyTorch finds"),
+        (["evaluate", *NET, "precision=half"], "precision must be one of auto, float32, float64"),
+        (["evaluate", "model._target_=users_net.Net"], "model.weights=own"),
         (["evaluate", "+attack@suite.attacks.mine=pgdd"], "did you mean 'pgd'"),
         (["evaluate"], "defense=<data>/<name>"),
         (["evaluate", "defense=ibp_training"], "objective of 'rbl train'"),
