@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from robustbench_lite.app.console import console
+from robustbench_lite.app.devices import check_device, require_device
 from robustbench_lite.app.digests import digest
 from robustbench_lite.app.hydra_app import run
 from robustbench_lite.app.jobs import plain_config
@@ -57,6 +58,7 @@ def job(config: DictConfig, command: str) -> int:
         ValueError: an entry of the zoo in place of an objective, or what the training refuses.
     """
     plain = plain_config(config)
+    check_device(plain["device"])
     if "_target_" not in plain["defense"] or plain["defense"]["_target_"].startswith("robustbench_lite.zoo"):
         raise ValueError(
             f"defense={plain['defense'].get('name')} is trained already; choose an objective: "
@@ -66,6 +68,7 @@ def job(config: DictConfig, command: str) -> int:
         raise ValueError(
             f"a zoo name is <data>/<name>, such as {plain['data'].get('name')}/standard, got {plain['zoo']}"
         )
+    require_device(plain["device"])
     import torch  # from here on
 
     from robustbench_lite.app import building

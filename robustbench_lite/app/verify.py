@@ -11,6 +11,7 @@ from rich.text import Text
 from robustbench_lite import zoo
 from robustbench_lite.app import receipts
 from robustbench_lite.app.console import console
+from robustbench_lite.app.devices import check_device, require_device
 from robustbench_lite.app.hydra_app import run
 from robustbench_lite.app.jobs import plain_config
 from robustbench_lite.app.screen import show_sheet
@@ -40,12 +41,14 @@ def job(config: DictConfig) -> int:
         ValueError: the store holds no records.
     """
     plain = plain_config(config)
+    check_device(plain["device"])
     from robustbench_lite.evaluation.store import Store
     from robustbench_lite.evaluation.verify import verify
 
     store = Store(plain["store"])
     if not len(store.records(columns=["index"])):
         raise ValueError(f"there are no records in {plain['store']}")
+    require_device(plain["device"])
     at_hand = _AtHand(store, receipts.all_of(store.root), plain["data_dir"])
     found = verify(store, at_hand.model, at_hand.data, device=plain["device"])
     _show(found, at_hand.reasons)
