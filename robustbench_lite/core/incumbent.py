@@ -13,8 +13,9 @@ __all__ = ["Incumbent"]
 class Incumbent:
     """Keeps, for each sample, the best feasible point that was ever offered.
 
-    A success beats a failure. Among successes, and among failures, the higher loss wins; under a minimum-norm threat
-    the nearer success wins. With `keep_first`, a sample that has fallen under a fixed budget keeps its first success.
+    A success beats a failure. Among successes, and among failures, the higher loss wins, the later one in a tie (a
+    saturated cross-entropy is 0 for many iterates, and the last has come farthest); under a minimum-norm threat the
+    nearer success wins. With `keep_first`, a sample that has fallen under a fixed budget keeps its first success.
 
     Attributes:
         points: (B, ...) the best points; the clean ones at first.
@@ -44,7 +45,8 @@ class Incumbent:
         if self._minimise:
             merit = torch.where(success, -threat.distance(points, x), merit)
         held, fallen = self._merit[rows], self.fallen[rows]
-        better = (success & ~fallen) | ((success == fallen) & (merit > held))
+        tied = (merit == held) & (merit > torch.finfo(merit.dtype).min)  # below that no loss is known: the first stays
+        better = (success & ~fallen) | ((success == fallen) & ((merit > held) | tied))
         better &= feasible & ~self.done[rows]
         shape = (-1,) + (1,) * (points.ndim - 1)
         self.points[rows] = torch.where(better.reshape(shape), points, self.points[rows])

@@ -39,7 +39,7 @@ def test_a_linear_model_falls_exactly_beyond_its_distance(norm):
     logits = model(x)
     distance = (logits[:, 0] - logits[:, 1]).abs() / torch.linalg.vector_norm(w, ord=DUAL[norm])
     attacks = [PGD(steps=100, density=1 / 16), PGD(steps=100, loss="margin", random_start=False, density=1 / 16)]
-    # From a random start, steps of 2.5 eps in all leave a part of the start that is orthogonal to w (l2: some 3 %).
+    # From a random start, steps of 2.5 eps in all leave a part of the start that is orthogonal to w.
     for attack, slack in [*zip(attacks, (1.06, 1.001), strict=True), (FGSM(density=1 / 16), 1.001)]:
         assert attack(model, x, y, Lp(norm, distance * slack)).success.all()
         assert not attack(model, x, y, Lp(norm, distance * 0.999)).success.any()

@@ -198,6 +198,15 @@ def test_the_best_failure_is_the_one_with_the_highest_loss(net, images):
         assert torch.equal(o.best[i], candidates[best][i])
 
 
+def test_in_a_tie_the_later_candidate_stays(net, images):
+    with oracle(net, images, stop="never") as o:
+        for shift in (0.01, 0.02):
+            o.judge((images + shift).clamp(0, 1), torch.arange(12), lambda logits, goal: logits[:, 0] * 0)
+    kept = (o.best == (images + 0.02).clamp(0, 1)).flatten(1).all(dim=1)
+    assert (kept | o.found.fallen).all()
+    assert kept.any()
+
+
 def test_a_minimum_norm_threat_keeps_the_nearest_success(images):
     def always_one(x):
         return torch.stack([torch.zeros(len(x)), torch.ones(len(x))], dim=1).to(x)
