@@ -1,0 +1,115 @@
+"""Square attack: random search with square windows.
+
+Threat: linf, l2. Access: scores.
+Source: Andriushchenko, Croce, Flammarion and Hein 2019, "Square Attack: a query-efficient black-box adversarial attack
+via random search" (1912.00049); p_init 0.8 and 5,000 queries are those of AutoAttack (Croce and Hein 2020, 2003.01690).
+Departures: each sample draws its own windows (AutoAttack's batch shares them); a window may lie anywhere, the last row
+and column included; images need not be square.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from robustbench_lite.attacks._square_moves import MOVES
+from robustbench_lite.attacks.base import Attack
+from robustbench_lite.core.goals import Goal
+from robustbench_lite.core.losses import Loss, loss_named
+from robustbench_lite.core.oracle import Access, Oracle
+from robustbench_lite.core.rng import Streams
+from robustbench_lite.core.threats import Lp, Threat
+
+__all__ = ["Square"]
+
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries: past each, windows hold half as much
+BLOCK = 32  # steps drawn at a time: a draw costs some 2 us a sample, whatever its size
+
+
+@dataclass(frozen=True)
+class Square(Attack):
+    """Random search: change a random square window, and keep the change if the loss rises.
+
+    Attributes:
+        queries: most candidates in each restart; the window sizes are scheduled over it.
+        p_init: share of the pixels in the first windows; it is halved after 0.1, 0.5, 2, 5, 10, 20, 40, 60 and 80 %
+            of the queries.
+        restarts: searches from fresh random starts.
+        loss: "margin" or "ce".
+
+    Raises:
+        ValueError: a hyper-parameter out of range.
+    """
+
+    queries: int = 5000
+    p_init: float = 0.8
+    restarts: int = 1
+    loss: str = "margin"
+
+    def __post_init__(self) -> None:
+        for name, value in (("queries", self.queries), ("restarts", self.restarts)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
+        if not 0 < self.p_init <= 1:
+            raise ValueError(f"p_init is a share of the pixels, in (0, 1], got {self.p_init}")
+        if self.loss not in ("margin", "ce"):
+            raise ValueError(f"loss must be 'margin' or 'ce', got {self.loss!r}")
+
+    @property
+    def access(self) -> Access:
+        """Scores are enough."""
+        return Access.SCORES
+
+    def supports(self, threat: Threat) -> bool:
+        """Say whether the threat is a ball with a budget in one of the norms."""
+        return isinstance(threat, Lp) and threat.norm in MOVES and threat.eps is not None
+
+    def share(self, step: int) -> float:
+        """Return the share of the pixels in the window of this step, 0 .. queries - 1."""
+        position = 10_000 * step // self.queries
+        return self.p_init / 2 ** sum(position > halving for halving in HALVINGS)
+
+    def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
+        """Search `restarts` times, each on the samples that still stand."""
+        loss = loss_named(self.loss)
+        for _ in range(self.restarts):
+            self._search(oracle, cast(Lp, threat), loss, streams)
+        return oracle.best
+
+    @torch.no_grad()
+    def _search(self, oracle: Oracle, threat: Lp, loss: Loss, streams: Streams) -> None:
+        rows = oracle.standing(oracle.scores_cost)
+        if len(rows) == 0:
+            return
+        moves = MOVES[threat.norm](oracle.x[rows], threat.take(rows))
+        points = moves.start(streams.take(rows))
+        value = _ask(oracle, points, rows, loss)
+        draws = value.new_empty(len(rows), BLOCK, moves.draws)
+        for step in range(self.queries - 1):
+            if step % oracle.compact_every == 0:
+                keep = oracle.still(rows, oracle.scores_cost)
+                if len(keep) == 0:
+                    return
+                if len(keep) < len(rows):
+                    rows, points, value, draws, moves = (
+                        rows[keep],
+                        points[keep],
+                        value[keep],
+                        draws[keep],
+                        moves.take(keep),
+                    )
+            if step % BLOCK == 0:
+                draws = streams.take(rows).uniform(BLOCK, moves.draws)
+            proposal = moves.propose(points, moves.side(self.share(step)), draws[:, step % BLOCK])
+            new = _ask(oracle, proposal, rows, loss)
+            better = new > value
+            value = torch.where(better, new, value)
+            points = torch.where(better.reshape(-1, 1, 1, 1), proposal, points)
+
+
+def _ask(oracle: Oracle, points: Tensor, rows: Tensor, loss: Loss) -> Tensor:
+    """Return the loss (n,) of candidates; -inf where it is not a number."""
+    return loss(oracle.scores(points, rows, loss), oracle.goal.take(rows)).nan_to_num(nan=-torch.inf)
