@@ -68,6 +68,7 @@ class Attack(ABC):
         stop: Stop = "success",
         indices: Tensor | None = None,
         generator: torch.Generator | None = None,
+        memory_budget: int | None = None,
     ) -> AttackResult:
         """Attack a batch.
 
@@ -84,6 +85,8 @@ class Attack(ABC):
                 highest loss, among its successes where it has any.
             indices: the samples' names for their random streams, int64 (B,); default 0 .. B - 1.
             generator: the source of randomness, one draw a call; None: a fresh one with seed 0.
+            memory_budget: bytes that questions to the model may take, its activations included; None: 1 GiB (an eighth
+                of a GPU's memory) where no gradient is asked for, no limit where one is.
 
         Raises:
             TypeError: images that are not floating point, or labels that are not int64.
@@ -96,8 +99,9 @@ class Attack(ABC):
         names = torch.arange(len(x)) if indices is None else indices
         x = x.detach()
         streams = Streams.from_generator(generator, names, x.device)
+        access, budget = self.access, memory_budget
         with Oracle(
-            model, x, goal, threat, view=view, access=self.access, max_queries=max_queries, stop=stop
+            model, x, goal, threat, view=view, access=access, max_queries=max_queries, stop=stop, memory_budget=budget
         ) as oracle:
             if len(x):
                 oracle.judge_clean()

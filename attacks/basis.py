@@ -1,6 +1,6 @@
 """Bases of the image space: the part that turns a search over pixels into one over low frequencies or tiles.
 
-An attack draws or keeps *coefficients*, and decodes them to images. Each basis is orthonormal, so a standard normal draw
+An attack draws or keeps *coefficients*, and decodes them to images. Each basis is orthonormal: a standard normal draw
 stays one on its span, `encode` is the transpose of `decode`, and decoding an encoded image projects it on the span.
 Source: Guo, Frank and Weinberger 2018, "Low Frequency Adversarial Perturbation" (1809.08758) for the DCT block.
 Departure: the kept block has ceil(fraction * side) frequencies along each axis, so that no fraction keeps none.
@@ -36,9 +36,8 @@ class Basis(ABC):
 
     def decode(self, coefficients: Tensor, shape: Shape) -> Tensor:
         """Return the images (..., C, H, W) of coefficients (..., m), channel by channel, rows before columns."""
-        channels, height, width = shape
         rows, columns = self._axes(shape, coefficients)
-        block = coefficients.reshape(*coefficients.shape[:-1], channels, len(rows), len(columns))
+        block = coefficients.reshape(*coefficients.shape[:-1], shape[0], len(rows), len(columns))
         return rows.mT @ block @ columns
 
     def encode(self, images: Tensor) -> Tensor:
@@ -56,7 +55,8 @@ class Basis(ABC):
 
 @lru_cache(maxsize=64)
 def _on_device(basis: Basis, side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return basis.axis(side).to(device, dtype)
+    with torch.inference_mode(False):  # kept for later calls, which may want gradients
+        return basis.axis(side).to(device, dtype)
 
 
 @dataclass(frozen=True)

@@ -9,23 +9,15 @@ take the norm's steepest step. Each sample keeps its best iterate and leaves at 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
-from torch import Tensor
-
-from robustbench_lite.attacks.base import Attack
-from robustbench_lite.attacks.iterative import Ascent, supports_steps
-from robustbench_lite.core.goals import Goal
+from robustbench_lite.attacks.iterative import Ascent, IterativeAttack
 from robustbench_lite.core.losses import loss_named
-from robustbench_lite.core.oracle import Oracle
-from robustbench_lite.core.rng import Streams
-from robustbench_lite.core.threats import Lp, Threat
 
 __all__ = ["BIM"]
 
 
 @dataclass(frozen=True)
-class BIM(Attack):
+class BIM(IterativeAttack):
     """The basic iterative method.
 
     Attributes:
@@ -43,19 +35,6 @@ class BIM(Attack):
     loss: str = "ce"
     density: float = 0.05
 
-    def __post_init__(self) -> None:
-        self.ascent()
-
     def ascent(self) -> Ascent:
         """Return the ascent that this attack runs."""
         return Ascent(loss_named(self.loss), self.steps, 1.25, self.step_size, self.density)
-
-    def supports(self, threat: Threat) -> bool:
-        """Say whether the threat is an linf, l2 or l1 ball with a budget."""
-        return supports_steps(threat)
-
-    def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
-        """Ascend once from the clean images."""
-        rows = oracle.standing(oracle.gradient_cost)
-        self.ascent()(oracle, cast(Lp, threat), rows, x[rows])
-        return oracle.best

@@ -10,23 +10,15 @@ robustness, since nets trained against it can hide from it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
-from torch import Tensor
-
-from robustbench_lite.attacks.base import Attack
-from robustbench_lite.attacks.iterative import Ascent, supports_steps
-from robustbench_lite.core.goals import Goal
+from robustbench_lite.attacks.iterative import Ascent, IterativeAttack
 from robustbench_lite.core.losses import loss_named
-from robustbench_lite.core.oracle import Oracle
-from robustbench_lite.core.rng import Streams
-from robustbench_lite.core.threats import Lp, Threat
 
 __all__ = ["FGSM"]
 
 
 @dataclass(frozen=True)
-class FGSM(Attack):
+class FGSM(IterativeAttack):
     """The fast gradient sign method.
 
     Attributes:
@@ -44,20 +36,13 @@ class FGSM(Attack):
     loss: str = "ce"
     density: float = 0.05
 
-    def __post_init__(self) -> None:
-        self.ascent()
-
     def ascent(self) -> Ascent:
-        """Return the ascent that this attack runs."""
-        return Ascent(loss_named(self.loss), 1, 1.25 if self.random_start else 1.0, self.step_size, self.density)
-
-    def supports(self, threat: Threat) -> bool:
-        """Say whether the threat is an linf, l2 or l1 ball with a budget."""
-        return supports_steps(threat)
-
-    def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
-        """Take one step."""
-        rows = oracle.standing(oracle.gradient_cost)
-        start = threat.take(rows).random_point(x[rows], streams.take(rows)) if self.random_start else x[rows]
-        self.ascent()(oracle, cast(Lp, threat), rows, start)
-        return oracle.best
+        """Return the ascent that this attack runs: one step."""
+        return Ascent(
+            loss_named(self.loss),
+            steps=1,
+            path=1.25 if self.random_start else 1.0,
+            step_size=self.step_size,
+            density=self.density,
+            random_start=self.random_start,
+        )

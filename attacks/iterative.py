@@ -1,26 +1,63 @@
-"""The iterative core: steps along the threat's steepest direction. Gradient attacks are settings of it."""
+"""The iterative core: steps along the threat's steepest direction. Most gradient attacks are settings of it.
+
+What varies is a part: where gradients come from (`Estimator`), which images a step may use (`Basis`), and whether steps
+carry momentum.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
+from robustbench_lite.attacks.base import Attack
+from robustbench_lite.attacks.basis import Basis, Pixels
 from robustbench_lite.core.checks import parse_number
+from robustbench_lite.core.goals import Goal
 from robustbench_lite.core.losses import Loss
-from robustbench_lite.core.oracle import Oracle
+from robustbench_lite.core.oracle import Access, Oracle
+from robustbench_lite.core.rng import Streams
 from robustbench_lite.core.threats import Lp, Threat
 
-__all__ = ["Ascent", "Estimator", "autograd", "supports_steps"]
-
-Estimator = Callable[[Oracle, Tensor, Tensor, Loss], Tensor]
+__all__ = ["Ascent", "Autograd", "Estimator", "IterativeAttack", "supports_steps"]
 
 
-def autograd(oracle: Oracle, points: Tensor, rows: Tensor, loss: Loss) -> Tensor:
-    """Estimate the gradient of the loss at candidate points (n, ...) by back-propagation."""
-    return oracle.gradient(points, rows, loss)[1]
+class Estimator(Protocol):
+    """Where gradients come from; a frozen dataclass, so that it names itself in a stored result."""
+
+    @property
+    def access(self) -> Access:
+        """What it needs to see of the model."""
+
+    def cost(self, oracle: Oracle) -> int:
+        """Return the forward passes of one call, the judging of the points included."""
+
+    def __call__(self, oracle: Oracle, points: Tensor, rows: Tensor, loss: Loss, streams: Streams) -> Tensor:
+        """Return the gradient (n, ...) of the loss at `points`, and put the points to the oracle as candidates.
+
+        `streams` are those of the rows.
+        """
+
+
+@dataclass(frozen=True)
+class Autograd:
+    """The exact gradient, by back-propagation."""
+
+    @property
+    def access(self) -> Access:
+        """Gradients."""
+        return Access.GRADIENT
+
+    def cost(self, oracle: Oracle) -> int:
+        """Return the forward passes of one call."""
+        return oracle.gradient_cost
+
+    def __call__(self, oracle: Oracle, points: Tensor, rows: Tensor, loss: Loss, streams: Streams) -> Tensor:
+        """Return the gradient (n, ...) of the loss at `points`."""
+        return oracle.gradient(points, rows, loss)[1]
 
 
 def supports_steps(threat: Threat) -> bool:
@@ -34,11 +71,18 @@ class Ascent:
 
     Attributes:
         loss: the function to ascend.
-        steps: number of steps.
+        steps: number of steps of a run.
         path: total length of the steps as a multiple of eps.
         step_size: length of one step in the units of the images, in place of `path * eps / steps`.
         density: for l1, the share of the coordinates that a step moves.
-        estimator: where gradients come from; it also puts the points to the oracle as candidates.
+        restarts: runs, each on the samples that still stand.
+        random_start: start uniformly in the ball; False: at the clean image, which allows one run only.
+        momentum: share of the last direction that is kept; gradients, each over its l1 norm, add up to it.
+        estimator: where gradients come from.
+        basis: the images that a step may use; the gradient is projected on them.
+
+    Raises:
+        ValueError: a setting out of range.
     """
 
     loss: Loss
@@ -46,7 +90,11 @@ class Ascent:
     path: float
     step_size: float | str | None = None
     density: float | None = None
-    estimator: Estimator = autograd
+    restarts: int = 1
+    random_start: bool = False
+    momentum: float = 0.0
+    estimator: Estimator = field(default_factory=Autograd)
+    basis: Basis = field(default_factory=Pixels)
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or self.steps < 1:
@@ -55,23 +103,54 @@ class Ascent:
             raise ValueError(f"step_size must be > 0, got {self.step_size}; for pixel units write '2/255'")
         if self.density is not None and not 0 < self.density <= 1:
             raise ValueError(f"density must be in (0, 1], got {self.density}")
+        if not isinstance(self.restarts, int) or self.restarts < 1:
+            raise ValueError(f"restarts must be a whole number, at least 1, got {self.restarts!r}")
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError(f"{self.restarts} restarts from the clean image would all be the same: use random_start")
+        if not self.momentum >= 0:
+            raise ValueError(f"momentum must be >= 0, got {self.momentum}")
 
-    def __call__(self, oracle: Oracle, threat: Lp, rows: Tensor, points: Tensor) -> None:
+    def search(self, oracle: Oracle, threat: Lp, streams: Streams) -> None:
+        """Run `restarts` ascents; the oracle keeps what is found. `streams` are those of the whole batch."""
+        for _ in range(self.restarts):
+            rows = oracle.standing(self.estimator.cost(oracle))
+            x = oracle.x[rows]
+            self(
+                oracle,
+                threat,
+                rows,
+                threat.take(rows).random_point(x, streams.take(rows)) if self.random_start else x,
+                streams,
+            )
+
+    def __call__(self, oracle: Oracle, threat: Lp, rows: Tensor, points: Tensor, streams: Streams) -> None:
         """Ascend from `points` (n, C, H, W) for `rows` of the batch; the oracle keeps what is found.
 
-        Samples that have fallen, or cannot pay, leave on the way.
+        Samples that have fallen, or cannot pay, leave on the way. `streams` are those of the whole batch.
         """
+        cost = self.estimator.cost(oracle)
+        x, ball, own = oracle.x[rows], threat.take(rows), streams.take(rows)
+        velocity = torch.zeros_like(points)
         for step in range(self.steps):
             if step % oracle.compact_every == 0:
-                keep = oracle.still(rows, oracle.gradient_cost)
-                rows, points = rows[keep], points[keep]
+                keep = oracle.still(rows, cost)
+                if len(keep) < len(rows):
+                    rows, points, velocity, x = rows[keep], points[keep], velocity[keep], x[keep]
+                    ball, own = ball.take(keep), own.take(keep)
             if len(rows) == 0:
                 return
-            gradient = self.estimator(oracle, points, rows, self.loss)
-            points = self._step(oracle.x[rows], threat.take(rows), points, gradient)
+            velocity = self._direction(velocity, self.estimator(oracle, points, rows, self.loss, own))
+            points = self._step(x, ball, points, velocity)
         keep = oracle.still(rows, oracle.judge_cost)
         if len(keep):
             oracle.judge(points[keep], rows[keep], self.loss)
+
+    def _direction(self, velocity: Tensor, gradient: Tensor) -> Tensor:
+        gradient = self.basis.project(gradient)
+        if self.momentum == 0:
+            return gradient
+        size = gradient.abs().sum(dim=(1, 2, 3), keepdim=True)
+        return self.momentum * velocity + gradient / torch.where(size > 0, size, 1)
 
     @torch.no_grad()
     def _step(self, x: Tensor, threat: Lp, points: Tensor, gradient: Tensor) -> Tensor:
@@ -79,3 +158,29 @@ class Ascent:
         share = self.path / self.steps
         length = share * threat.radius(x) if self.step_size is None else parse_number(self.step_size)
         return threat.project(points + length * direction, x)
+
+
+@dataclass(frozen=True)
+class IterativeAttack(Attack):
+    """An attack that is a setting of the iterative core: a subclass has fields, and says in `ascent` what they mean."""
+
+    def __post_init__(self) -> None:
+        self.ascent()  # which checks the fields
+
+    @abstractmethod
+    def ascent(self) -> Ascent:
+        """Return the ascent that this attack runs."""
+
+    @property
+    def access(self) -> Access:
+        """What the estimator of the gradients needs to see of the model."""
+        return self.ascent().estimator.access
+
+    def supports(self, threat: Threat) -> bool:
+        """Say whether the threat is an linf, l2 or l1 ball with a budget."""
+        return supports_steps(threat)
+
+    def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
+        """Run the ascent, with its restarts, on the samples that still stand."""
+        self.ascent().search(oracle, cast(Lp, threat), streams)
+        return oracle.best

@@ -10,24 +10,17 @@ restarts cost only the samples that still stand; l1 steps skip coordinates at an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
 
-from torch import Tensor
-
-from robustbench_lite.attacks.base import Attack
-from robustbench_lite.attacks.iterative import Ascent, supports_steps
-from robustbench_lite.core.goals import Goal
+from robustbench_lite.attacks.basis import Basis, Pixels
+from robustbench_lite.attacks.iterative import Ascent, Autograd, Estimator, IterativeAttack
 from robustbench_lite.core.losses import loss_named
-from robustbench_lite.core.oracle import Oracle
-from robustbench_lite.core.rng import Streams
-from robustbench_lite.core.threats import Lp, Threat
 
 __all__ = ["PGD"]
 
 
 @dataclass(frozen=True)
-class PGD(Attack):
+class PGD(IterativeAttack):
     """Projected gradient descent with random starts and restarts.
 
     Attributes:
@@ -37,6 +30,8 @@ class PGD(Attack):
         random_start: start uniformly in the ball; False: at the clean image, which allows one run only.
         loss: "ce", "margin" or "dlr".
         density: for l1, the share of the coordinates that a step moves.
+        estimator: where gradients come from: back-propagation, or queries (`attacks/estimators.py`).
+        basis: the images that a step may use, such as low frequencies (`attacks/basis.py`).
 
     Raises:
         ValueError: a hyper-parameter out of range.
@@ -48,27 +43,19 @@ class PGD(Attack):
     random_start: bool = True
     loss: str = "ce"
     density: float = 0.05
-
-    def __post_init__(self) -> None:
-        self.ascent()
-        if not isinstance(self.restarts, int) or self.restarts < 1:
-            raise ValueError(f"restarts must be a whole number, at least 1, got {self.restarts!r}")
-        if self.restarts > 1 and not self.random_start:
-            raise ValueError(f"{self.restarts} restarts from the clean image would all be the same: use random_start")
+    estimator: Estimator = field(default_factory=Autograd)
+    basis: Basis = field(default_factory=Pixels)
 
     def ascent(self) -> Ascent:
         """Return the ascent of one run."""
-        return Ascent(loss_named(self.loss), self.steps, 2.5, self.step_size, self.density)
-
-    def supports(self, threat: Threat) -> bool:
-        """Say whether the threat is an linf, l2 or l1 ball with a budget."""
-        return supports_steps(threat)
-
-    def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
-        """Run `restarts` ascents, each on the samples that still stand."""
-        ascent = self.ascent()
-        for _ in range(self.restarts):
-            rows = oracle.standing(oracle.gradient_cost)
-            start = threat.take(rows).random_point(x[rows], streams.take(rows)) if self.random_start else x[rows]
-            ascent(oracle, cast(Lp, threat), rows, start)
-        return oracle.best
+        return Ascent(
+            loss_named(self.loss),
+            self.steps,
+            path=2.5,
+            step_size=self.step_size,
+            density=self.density,
+            restarts=self.restarts,
+            random_start=self.random_start,
+            estimator=self.estimator,
+            basis=self.basis,
+        )

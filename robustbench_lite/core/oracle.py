@@ -25,11 +25,14 @@ from robustbench_lite.core.checks import (
 from robustbench_lite.core.goals import Goal
 from robustbench_lite.core.incumbent import Incumbent
 from robustbench_lite.core.losses import Loss, margin
+from robustbench_lite.core.memory import Memory
 from robustbench_lite.core.models import Model, frozen, is_stochastic, labels_of, own_predict, rejects
 from robustbench_lite.core.threats import Threat
 
-__all__ = ["Access", "AccessDeniedError", "Oracle", "OutOfBudgetError", "Stop"]
+__all__ = ["Access", "AccessDeniedError", "Oracle", "OutOfBudgetError", "Stop", "Transform"]
 
+Transform = Callable[[Tensor, slice], Tensor]
+"""Images (m, C, H, W) at the positions `slice` of a question to changed images; differentiable."""
 Stop = Literal["success", "never"]
 MAJORITY_DRAWS = 20  # fresh draws that decide whether a randomised model has fallen
 
@@ -68,8 +71,9 @@ class Oracle:
         access: the level above which questions are refused.
         max_queries: forward passes that each sample may spend; None for no limit.
         stop: "success": a sample is done once it has fallen; "never": all go on and keep their highest loss.
-        chunk_size: most images in one forward pass; None for no limit. A chunk that does not fit in the memory of a
-            GPU is halved until it does.
+        memory_budget: bytes that the images of one question and the model's activations may take; larger questions
+            are asked in chunks. None: 1 GiB (an eighth of a GPU's memory) for questions without gradients, no limit
+            for gradients. A chunk that does not fit in the memory of a GPU is halved until it does.
 
     Attributes:
         forwards: int64 (B,) forward passes spent on each sample, those that judge candidates included.
@@ -90,7 +94,7 @@ class Oracle:
         access: Access = Access.GRADIENT,
         max_queries: int | None = None,
         stop: Stop = "success",
-        chunk_size: int | None = None,
+        memory_budget: int | None = None,
     ) -> None:
         self.x, self.goal, self.threat, self.access = x, goal, threat, access
         self.max_queries = max_queries
@@ -103,7 +107,7 @@ class Oracle:
         self._one_pass = self._view is model and self._own_predict is None  # logits serve loss, success and gradient
         self._view_cost = int(getattr(self._view, "cost", 1))
         self.stochastic, self._rejects = is_stochastic(model), rejects(model)
-        self._chunk_size = chunk_size
+        self._memory = Memory(memory_budget, x, watch=not hasattr(model, "_orig_mod"))
         self._labels_checked = False
         self._context = ExitStack()
 
@@ -128,6 +132,11 @@ class Oracle:
         return 1 if self.x.device.type == "cpu" or self.max_queries is not None else 8
 
     @property
+    def capacity(self) -> int:
+        """Probe images that an attack should build at a time, so that the memory budget holds; at least 1."""
+        return self._memory.capacity
+
+    @property
     def gradient_cost(self) -> int:
         """Forward passes of one `gradient` question about a candidate."""
         return self._view_cost + (0 if self._one_pass else 1)
@@ -149,7 +158,14 @@ class Oracle:
         return able.nonzero().flatten()
 
     def gradient(
-        self, points: Tensor, rows: Tensor, loss: Loss, aim: Goal | None = None, *, candidate: bool = True
+        self,
+        points: Tensor,
+        rows: Tensor,
+        loss: Loss,
+        aim: Goal | None = None,
+        *,
+        candidate: bool = True,
+        transform: Transform | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the loss (n,) and its gradient (n, ...) at `points`, from the view; `gradient_cost` forward passes.
 
@@ -159,6 +175,7 @@ class Oracle:
             loss: the function to ascend.
             aim: the goal that the loss sees, one label a point; None: the goal of the oracle.
             candidate: whether the points may be the answer; False for probes around it.
+            transform: a differentiable change of the images before the view sees them; only for probes.
 
         Raises:
             AccessDeniedError: the access level is below GRADIENT.
@@ -170,13 +187,13 @@ class Oracle:
         def ask(part: slice) -> tuple[Tensor, ...]:
             leaf = points[part].detach().requires_grad_()
             with torch.enable_grad():
-                logits = self._logits(self._view, leaf, rows[part])
+                logits = self._logits(self._view, leaf, rows[part], part, transform)
                 value = loss(logits, aims.take(part))
                 slope = _input_gradient(value, leaf)
             return value.detach(), slope, logits.detach()
 
         self._pay(rows, self.gradient_cost if candidate else self._view_cost, backwards=1)
-        value, slope, logits = self._in_chunks(ask, len(rows))
+        value, slope, logits = self._memory.ask(ask, len(rows), graph=True)
         if candidate:
             self._offer(points, rows, value, logits if self._one_pass else None)
         return value, slope.nan_to_num(0.0, 0.0, 0.0)
@@ -207,6 +224,26 @@ class Oracle:
             return _input_gradient(graph, leaf, weights).nan_to_num(0.0, 0.0, 0.0)
 
         return logits, pull
+
+    def curvature(self, points: Tensor, rows: Tensor, loss: Loss, directions: Tensor) -> Tensor:
+        """Return the products (n, ...) of the loss's Hessian at probes with `directions`; one pass forward, two back.
+
+        Raises:
+            AccessDeniedError: the access level is below GRADIENT.
+            OutOfBudgetError: a row cannot pay.
+        """
+        self._require(Access.GRADIENT)
+        goal = self.goal.take(rows)
+
+        def ask(part: slice) -> tuple[Tensor, ...]:
+            leaf = points[part].detach().requires_grad_()
+            with torch.enable_grad():
+                value = loss(self._logits(self._view, leaf, rows[part]), goal.take(part))
+                slope = _input_gradient(value, leaf, create_graph=True)
+                return (_input_gradient((slope * directions[part]).flatten(1).sum(dim=1), leaf).detach(),)
+
+        self._pay(rows, self._view_cost, backwards=2)
+        return self._memory.ask(ask, len(rows), graph=True)[0].nan_to_num(0.0, 0.0, 0.0)
 
     def scores(
         self, points: Tensor, rows: Tensor, loss: Loss = margin, aim: Goal | None = None, *, candidate: bool = True
@@ -272,7 +309,7 @@ class Oracle:
     def _scores(self, points: Tensor, rows: Tensor, loss: Loss, aim: Goal | None, candidate: bool) -> Tensor:
         self._pay(rows, self.scores_cost if candidate else 1)
         with torch.no_grad():
-            (logits,) = self._in_chunks(lambda part: (self._logits(self._model, points[part], rows[part]),), len(rows))
+            (logits,) = self._memory.ask(lambda part: (self._logits(self._model, points[part], rows[part]),), len(rows))
         if candidate:
             value = loss(logits, self.goal.take(rows) if aim is None else aim)
             self._offer(points, rows, value, None if self._own_predict else logits)
@@ -314,13 +351,16 @@ class Oracle:
             return (labels,)
 
         with torch.no_grad():
-            return self._in_chunks(ask, len(rows))[0]
+            return self._memory.ask(ask, len(rows))[0]
 
     def _image(self, points: Tensor, rows: Tensor) -> Tensor:
-        return self.threat.take(rows).apply(self.x[rows], points)
+        return self.threat.take(rows).apply(self.x[rows], points) if self.threat.parametric else points
 
-    def _logits(self, model: Model, points: Tensor, rows: Tensor) -> Tensor:
+    def _logits(
+        self, model: Model, points: Tensor, rows: Tensor, part: slice = slice(None), transform: Transform | None = None
+    ) -> Tensor:
         images = self._image(points, rows)
+        images = images if transform is None else transform(images, part)
         version = version_of(images)
         try:
             logits = model(images)
@@ -353,25 +393,13 @@ class Oracle:
         self.forwards[rows] += forwards
         self.backwards[rows] += backwards
 
-    def _in_chunks(self, ask: Callable[[slice], tuple[Tensor, ...]], count: int) -> tuple[Tensor, ...]:
-        """Ask about positions 0 .. count - 1, at most `chunk_size` at a time, and join the answers."""
-        size = max(1, min(count, self._chunk_size or count))
-        while True:
-            try:
-                answers = [ask(slice(start, start + size)) for start in range(0, max(count, 1), size)]
-                break
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise
-                size = self._chunk_size = (size + 1) // 2
-                torch.cuda.empty_cache()
-        return answers[0] if len(answers) == 1 else tuple(torch.cat(part) for part in zip(*answers, strict=True))
 
-
-def _input_gradient(value: Tensor, leaf: Tensor, weights: Tensor | None = None) -> Tensor:
+def _input_gradient(
+    value: Tensor, leaf: Tensor, weights: Tensor | None = None, *, create_graph: bool = False
+) -> Tensor:
     """Return the gradient of the (weighted) sum of `value`; zeros where it does not depend on the input at all."""
     if not value.requires_grad:
         return torch.zeros_like(leaf)
     total = value.sum() if weights is None else value
-    (slope,) = torch.autograd.grad(total, leaf, weights, allow_unused=True)
+    (slope,) = torch.autograd.grad(total, leaf, weights, allow_unused=True, create_graph=create_graph)
     return torch.zeros_like(leaf) if slope is None else slope

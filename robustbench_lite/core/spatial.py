@@ -32,8 +32,12 @@ class ParametricThreat(Threat):
         return self
 
     @abstractmethod
-    def coordinates(self, x: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
-        """Return where each output pixel reads the image: columns and rows in pixels, each (B, H, W)."""
+    def grid(self, x: Tensor, point: Tensor) -> Tensor:
+        """Return where each output pixel reads the image: its column and its row, (B, 2, H, W).
+
+        Units are `grid_sample`'s without aligned corners: -1 and 1 are the outer edges of the image. Pixel j of W has
+        its centre at (2 j + 1) / W - 1, and one pixel is 2 / W wide.
+        """
 
     @abstractmethod
     def padding(self) -> str:
@@ -41,20 +45,37 @@ class ParametricThreat(Threat):
 
     def apply(self, x: Tensor, point: Tensor) -> Tensor:
         """Return the images (B, C, H, W) rendered from `point`; differentiable in both."""
-        height, width = x.shape[-2:]
-        columns, rows = self.coordinates(x, point)
-        grid = torch.stack([(2 * columns + 1) / width - 1, (2 * rows + 1) / height - 1], dim=-1)
-        low = self.bounds[0]  # "zeros" means the darkest value
-        out = F.grid_sample(x - low, grid, mode="bilinear", padding_mode=self.padding(), align_corners=False) + low
+        dark = self.bounds[0] if self.padding() == "zeros" else 0.0  # "zeros" means the darkest value
+        out = F.grid_sample(
+            x - dark if dark else x,
+            self.grid(x, point).permute(0, 2, 3, 1),
+            mode="bilinear",
+            padding_mode=self.padding(),
+            align_corners=False,
+        )
+        out = out + dark if dark else out
         # Rounding may leave the bounds by an ulp. Clip the value, not the gradient.
-        return out + (out.clamp(*self.bounds) - out).detach()
+        return out + (out.clamp(*self.bounds) - out).detach() if out.requires_grad else out.clamp_(*self.bounds)
 
 
-def _pixel_grid(x: Tensor) -> tuple[Tensor, Tensor]:
-    height, width = x.shape[-2:]
-    rows = torch.arange(height, dtype=x.dtype, device=x.device)
-    columns = torch.arange(width, dtype=x.dtype, device=x.device)
-    return columns.expand(height, width), rows.unsqueeze(1).expand(height, width)
+def _from_centre(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the offsets of columns (W,) and rows (H,) from the image centre, in pixels."""
+    rows, columns = (torch.arange(n, dtype=x.dtype, device=x.device) - (n - 1) / 2 for n in x.shape[-2:])
+    return columns, rows
+
+
+def _pixel_size(x: Tensor) -> Tensor:
+    """Return the width and the height of a pixel in units of the grid, (2, 1, 1)."""
+    return x.new_tensor([2 / x.shape[-1], 2 / x.shape[-2]]).reshape(2, 1, 1)
+
+
+def _smoother(like: Tensor, length: int, smoothness: float) -> Tensor:
+    """Return the Gaussian as a matrix (length, length): on small images two products beat two convolutions 4 to 1."""
+    reach = max(1, math.ceil(3 * smoothness))
+    taps = torch.exp(-0.5 * (torch.arange(reach + 1, dtype=like.dtype, device=like.device) / smoothness) ** 2)
+    place = torch.arange(length, device=like.device)
+    apart = (place - place.unsqueeze(1)).abs()
+    return torch.where(apart <= reach, taps[apart.clamp_max(reach)], 0) / (2 * taps.sum() - taps[0])
 
 
 def _budget(value: float | str, what: str) -> float:
@@ -104,14 +125,14 @@ class RotationTranslation(ParametricThreat):
         """Return "zeros": black comes in from outside."""
         return "zeros"
 
-    def coordinates(self, x: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
+    def grid(self, x: Tensor, point: Tensor) -> Tensor:
         """Return where each pixel reads: the inverse shift, then the inverse rotation about the centre."""
-        columns, rows = _pixel_grid(x)
-        centre_x, centre_y = (x.shape[-1] - 1) / 2, (x.shape[-2] - 1) / 2
-        angle, right, down = (v.reshape(-1, 1, 1) for v in point.unbind(dim=1))
-        cos, sin = torch.cos(torch.deg2rad(angle)), torch.sin(torch.deg2rad(angle))
-        dx, dy = columns - centre_x - right, rows - centre_y - down
-        return centre_x + cos * dx - sin * dy, centre_y + sin * dx + cos * dy
+        columns, rows = _from_centre(x)
+        angle, right, down = (v.reshape(-1, 1, 1, 1) for v in point.unbind(dim=1))
+        cos, sin, size = torch.cos(torch.deg2rad(angle)), torch.sin(torch.deg2rad(angle)), _pixel_size(x)
+        across = torch.cat([cos, sin], dim=1) * size * (columns - right)
+        along = torch.cat([-sin, cos], dim=1) * size * (rows.unsqueeze(1) - down)
+        return across + along
 
     def origin(self, x: Tensor) -> Tensor:
         """Return the parameters of no change, zeros (B, 3)."""
@@ -187,19 +208,14 @@ class Deformation(ParametricThreat):
         """Return the displacements (B, 2, H, W): the raw field, smoothed (zeros beyond the border)."""
         if self.smoothness == 0:
             return point
-        reach = max(1, math.ceil(3 * self.smoothness))
-        steps = torch.arange(-reach, reach + 1, dtype=point.dtype, device=point.device)
-        kernel = torch.exp(-0.5 * (steps / self.smoothness) ** 2)
-        kernel = (kernel / kernel.sum()).reshape(1, 1, -1, 1)
-        flat = point.reshape(-1, 1, *point.shape[-2:])
-        flat = F.conv2d(F.conv2d(flat, kernel, padding=(reach, 0)), kernel.mT, padding=(0, reach))
-        return flat.reshape(point.shape)
+        height, width = point.shape[-2:]
+        return _smoother(point, height, self.smoothness) @ point @ _smoother(point, width, self.smoothness)
 
-    def coordinates(self, x: Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
+    def grid(self, x: Tensor, point: Tensor) -> Tensor:
         """Return where each pixel reads: its own place plus the flow."""
-        columns, rows = _pixel_grid(x)
-        right, down = self.flow(point).unbind(dim=1)
-        return columns + right, rows + down
+        (columns, rows), size = _from_centre(x), _pixel_size(x)
+        own = torch.stack(torch.meshgrid(columns, rows, indexing="xy")) * size
+        return torch.addcmul(own, self.flow(point), size)
 
     def origin(self, x: Tensor) -> Tensor:
         """Return the field of no change, zeros (B, 2, H, W)."""

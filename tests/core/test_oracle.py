@@ -91,13 +91,46 @@ def test_chunks_change_nothing_but_the_size_of_a_batch(net, images):
     sizes = []
     net.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
     everything = torch.arange(12)
-    with oracle(net, images) as whole, oracle(net, images, chunk_size=5) as parts:
+    with oracle(net, images) as whole, oracle(net, images, memory_budget=60_000) as parts:
+        for o in (whole, parts):
+            o.judge_clean()  # the first pass tells what an image takes
         sizes.clear()
         a, b = whole.gradient(images, everything, margin), parts.gradient(images, everything, margin)
-    assert sizes == [12, 5, 5, 2]
+        assert sizes[0] == sum(sizes[1:]) == 12
+        assert 1 < len(sizes[1:]) < 12
+        sizes.clear()
+        assert torch.allclose(whole.scores(images, everything), parts.scores(images, everything))
+        assert max(sizes[1:]) <= parts.capacity < whole.capacity
     assert torch.allclose(a[0], b[0])
     assert torch.allclose(a[1], b[1])
     assert torch.equal(whole.forwards, parts.forwards)
+
+
+def test_curvature_is_the_hessian_of_a_known_function(images):
+    hessian = torch.randn(36, 36, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    hessian = hessian + hessian.T
+
+    def quadratic(x):
+        flat = x.flatten(1)
+        score = 0.5 * (flat @ hessian * flat).sum(dim=1)
+        return torch.stack([score, torch.zeros_like(score)], dim=1)
+
+    directions = torch.rand_like(images)
+    with Oracle(quadratic, images, Untargeted(torch.ones(12, dtype=torch.int64)), THREAT) as o:
+        product = o.curvature(images, torch.arange(12), margin, directions)
+    assert torch.allclose(product.flatten(1), directions.flatten(1) @ hessian)
+    assert (o.forwards == 1).all()
+    assert (o.backwards == 2).all()
+
+
+def test_a_transform_acts_between_the_probe_and_the_model(net, images):
+    shift = torch.rand_like(images)
+    with oracle(net, images) as o:
+        everything = torch.arange(12)
+        moved = o.gradient(images, everything, margin, candidate=False, transform=lambda x, part: 0.5 * x + shift[part])
+        plain = o.gradient(0.5 * images + shift, everything, margin, candidate=False)
+    assert torch.allclose(moved[0], plain[0])
+    assert torch.allclose(moved[1], 0.5 * plain[1])
 
 
 def test_memory_that_runs_out_halves_the_chunk(images):
