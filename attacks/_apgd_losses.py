@@ -1,0 +1,57 @@
+"""Losses towards a class of the attacker's choice, for goals that only ask for a wrong answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from robustbench_lite.core.goals import Goal, Targeted, Untargeted
+from robustbench_lite.core.losses import Loss, cross_entropy, margin
+
+__all__ = ["LOSSES", "Towards", "likeliest_targets", "ratio"]
+
+
+@dataclass(frozen=True, eq=False)
+class Towards(Untargeted):
+    """Any answer but `labels` will do; the loss heads for `targets`, int64 (B,)."""
+
+    targets: Tensor
+
+    def take(self, keep: Tensor | slice) -> Towards:
+        """Return the goal of these rows."""
+        return Towards(self.labels[keep], self.targets[keep])
+
+
+def likeliest_targets(logits: Tensor, labels: Tensor, count: int) -> Tensor:
+    """Return the `count` classes (fewer where there are not as many) with the largest logits but the label, (B, T)."""
+    others = logits.scatter(1, labels.unsqueeze(1), float("-inf")).argsort(dim=1, descending=True, stable=True)
+    return others[:, : min(count, logits.shape[1] - 1)]
+
+
+def ce(logits: Tensor, goal: Goal) -> Tensor:
+    """Cross-entropy to the label, or minus that to the target."""
+    return cross_entropy(logits, Targeted(goal.targets) if isinstance(goal, Towards) else goal)
+
+
+def difference(logits: Tensor, goal: Goal) -> Tensor:
+    """Logit margin; with a target to head for, z_t - z_y."""
+    if not isinstance(goal, Towards):
+        return margin(logits, goal)
+    return (logits.gather(1, goal.targets.unsqueeze(1)) - logits.gather(1, goal.labels.unsqueeze(1))).squeeze(1)
+
+
+def ratio(logits: Tensor, goal: Goal) -> Tensor:
+    """Difference of logits ratio (Croce and Hein 2020): `difference` over the spread of the largest logits.
+
+    The spread is z_(1) - z_(3), or towards a target z_(1) - (z_(3) + z_(4)) / 2. Where there are only three classes
+    it is z_(1) - z_(3) in both cases; with two there is nothing to compare with, and the difference itself is left.
+    """
+    top = logits.topk(min(logits.shape[1], 3 if type(goal) is Untargeted else 4), dim=1).values
+    if top.shape[1] < 3:
+        return difference(logits, goal)
+    floor = top[:, 2] if top.shape[1] == 3 else (top[:, 2] + top[:, 3]) / 2
+    return difference(logits, goal) / (top[:, 0] - floor + 1e-12)
+
+
+LOSSES: dict[str, Loss] = {"ce": ce, "margin": difference, "dlr": ratio}
