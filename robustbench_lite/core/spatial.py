@@ -173,7 +173,7 @@ class Deformation(ParametricThreat):
     Alaifari, Alberti and Gauksson 2018 (1804.07729). Beyond the border the image's edge repeats.
 
     Attributes:
-        pixels: largest displacement.
+        pixels: largest displacement; None for minimum-norm attacks ("as small as possible").
         smoothness: standard deviation of the Gaussian in pixels; 0 leaves each pixel free.
         bounds: smallest and largest value of an image.
 
@@ -181,12 +181,13 @@ class Deformation(ParametricThreat):
         ValueError: a negative or non-finite budget or smoothness.
     """
 
-    pixels: float
+    pixels: float | str | None
     smoothness: float = 1.0
     bounds: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "pixels", _budget(self.pixels, "pixels"))
+        if self.pixels is not None:
+            object.__setattr__(self, "pixels", _budget(self.pixels, "pixels"))
         object.__setattr__(self, "smoothness", _budget(self.smoothness, "smoothness"))
         object.__setattr__(self, "bounds", ordered_bounds(self.bounds))
 
@@ -197,8 +198,8 @@ class Deformation(ParametricThreat):
 
     @property
     def size(self) -> float | None:
-        """The largest displacement in pixels."""
-        return self.pixels
+        """The largest displacement in pixels; None where it is None."""
+        return None if self.pixels is None else float(self.pixels)
 
     def padding(self) -> str:
         """Return "border": the edge repeats."""
@@ -227,20 +228,35 @@ class Deformation(ParametricThreat):
         return lengths.flatten(1).amax(dim=1)
 
     def contains(self, point: Tensor, x: Tensor) -> Tensor:
-        """Return bool (B,): the field is finite and no displacement exceeds the budget."""
-        return self.distance(point, x) <= self.pixels + TOLERANCE * max(1.0, self.pixels)
+        """Return bool (B,): the field is finite, and no displacement exceeds the budget where there is one."""
+        if self.size is None:
+            return self.distance(point, x).isfinite()
+        return self.distance(point, x) <= self.size + TOLERANCE * max(1.0, self.size)
+
+    def _reach(self) -> float:
+        if self.size is None:
+            raise ValueError("this needs a budget: give the threat its pixels (None is for minimum-norm attacks)")
+        return self.size
 
     @torch.no_grad()
     def project(self, point: Tensor, x: Tensor) -> Tensor:
-        """Return the raw field with each vector shortened to the budget."""
+        """Return the raw field with each vector shortened to the budget.
+
+        Raises:
+            ValueError: pixels is None.
+        """
         length: Tensor = point.norm(dim=1, keepdim=True)
-        shorter: Tensor = point * (self.pixels / length.clamp_min(1e-30)).clamp_max(1)
+        shorter: Tensor = point * (self._reach() / length.clamp_min(1e-30)).clamp_max(1)
         return shorter
 
     @torch.no_grad()
     def random_point(self, x: Tensor, streams: Streams) -> Tensor:
-        """Return raw fields whose vectors are independent and uniform in the disc of the budget."""
+        """Return raw fields whose vectors are independent and uniform in the disc of the budget.
+
+        Raises:
+            ValueError: pixels is None.
+        """
         shape = x.shape[-2:]
-        radius = self.pixels * streams.uniform(*shape, dtype=x.dtype).sqrt()
+        radius = self._reach() * streams.uniform(*shape, dtype=x.dtype).sqrt()
         angle = 2 * math.pi * streams.uniform(*shape, dtype=x.dtype)
         return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1)
