@@ -34,7 +34,7 @@ BLOCK = 8  # directions drawn at a time: a fixed number, so that memory never ch
 class ScoreEstimator(ABC):
     """An estimate of the gradient from differences of the loss along directions; subclasses say which, and how far."""
 
-    basis: Basis = field(default=Pixels(), kw_only=True)
+    basis: Basis = field(default_factory=Pixels, kw_only=True)
 
     @property
     def access(self) -> Access:

@@ -59,7 +59,7 @@ class NES(Attack):
     plateau_drop: float = 2.0
     queries: int = 10_000
     loss: str = "ce"
-    basis: Basis = field(default=Pixels())
+    basis: Basis = field(default_factory=Pixels)
 
     def __post_init__(self) -> None:
         self.estimator()

@@ -49,7 +49,7 @@ class SPSA(Attack):
     lr: float | str | None = None
     queries: int = 10_000
     loss: str = "margin"
-    basis: Basis = field(default=Pixels())
+    basis: Basis = field(default_factory=Pixels)
 
     def __post_init__(self) -> None:
         self.estimator()

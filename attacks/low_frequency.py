@@ -1,0 +1,32 @@
+"""Low-frequency attacks: NES and PGD whose noise is drawn, or whose steps are taken, in the lowest frequencies.
+
+Threat and access: as the attack itself.
+Source: Guo, Frank and Weinberger 2018, "Low Frequency Adversarial Perturbation" (1809.08758).
+The basis is a part that any of these attacks takes, `NES(basis=DCT(0.25))`; these names only set its default.
+Departure: half of the frequencies along each axis, for 28- and 32-pixel images; the original searches the share, from
+1/32 at 224 pixels. Smaller shares cost fewer queries where they succeed, and succeed less: benchmarks/low_frequency.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from robustbench_lite.attacks.basis import DCT, Basis
+from robustbench_lite.attacks.nes import NES
+from robustbench_lite.attacks.pgd import PGD
+
+__all__ = ["LowFrequencyNES", "LowFrequencyPGD"]
+
+
+@dataclass(frozen=True)
+class LowFrequencyNES(NES):
+    """NES with probes of low frequencies."""
+
+    basis: Basis = field(default=DCT(0.5))
+
+
+@dataclass(frozen=True)
+class LowFrequencyPGD(PGD):
+    """PGD on the gradient's projection on the low frequencies."""
+
+    basis: Basis = field(default=DCT(0.5))
