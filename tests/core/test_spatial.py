@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
+from scipy.ndimage import gaussian_filter, map_coordinates
 from torchvision.transforms import InterpolationMode
 
 from robustbench_lite.core.rng import Streams
@@ -44,6 +48,49 @@ def test_agrees_with_torchvision_on_odd_and_even_sizes():
         ours = RotationTranslation().apply(x, torch.tensor([[17.0, 2.0, -1.0]], dtype=torch.float64))
         theirs = TF.affine(x, -17.0, [2, -1], 1.0, [0.0, 0.0], interpolation=InterpolationMode.BILINEAR)
         assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(9, 9), (6, 11)])
+def test_rotations_agree_with_an_independent_interpolation(shape):
+    """Pixel (i, j) of a picture turned by a about its centre c and then shifted reads R(-a) (p - c - shift) + c."""
+    x = picture(n=3, height=shape[0], width=shape[1])
+    point = torch.tensor([[25.0, 1.5, -2.25], [-30.0, -3.0, 3.0], [7.0, 0.0, 0.6]], dtype=torch.float64)
+    images = RotationTranslation().apply(x, point).numpy()
+    centre = [(side - 1) / 2 for side in shape]
+    for image, clean, (degrees, right, down) in zip(images, x.numpy(), point.tolist(), strict=True):
+        a = math.radians(degrees)
+        i, j = np.indices(shape)
+        dy, dx = i - centre[0] - down, j - centre[1] - right
+        rows, columns = centre[0] + math.sin(a) * dx + math.cos(a) * dy, centre[1] + math.cos(a) * dx - math.sin(a) * dy
+        for channel in range(2):
+            expected = map_coordinates(clean[channel], [rows, columns], order=1, mode="grid-constant")
+            assert np.allclose(image[channel], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("smoothness", [0, 0.7, 2.0])
+def test_deformations_agree_with_an_independent_interpolation(smoothness):
+    x, threat = picture(n=2, height=8, width=11), Deformation(3.0, smoothness)
+    point = threat.random_point(x, streams(2))
+    i, j = np.indices((8, 11))
+    for n in range(2):
+        flow = point[n].numpy()
+        if smoothness:
+            reach = math.ceil(3 * smoothness)
+            flow = np.stack([gaussian_filter(f, smoothness, mode="constant", radius=reach) for f in flow])
+        assert np.allclose(threat.flow(point)[n], flow, atol=1e-12)
+        for channel in range(2):
+            expected = map_coordinates(x[n, channel].numpy(), [i + flow[1], j + flow[0]], order=1, mode="nearest")
+            assert np.allclose(threat.apply(x, point)[n, channel], expected, atol=1e-12)
+
+
+def test_a_deformation_without_a_budget_asks_for_the_nearest():
+    x, threat = picture(n=2), Deformation(None)
+    assert threat.size is None
+    assert threat.contains(torch.full((2, 2, 9, 9), 50.0), x).all()
+    assert not threat.contains(torch.full((2, 2, 9, 9), float("nan")), x).any()
+    for call in (lambda: threat.project(threat.origin(x), x), lambda: threat.random_point(x, streams(2))):
+        with pytest.raises(ValueError, match="needs a budget"):
+            call()
 
 
 def test_black_is_the_lower_bound():
