@@ -105,10 +105,11 @@ class PlateauSteps:
 
     Attributes:
         lr: length of the first steps, in the units of the images; None: a fifth of eps.
-        min_lr: length below which it is not cut; None: a thousandth of eps.
+        min_lr: length below which it is not cut; None: the share `floor` of eps.
         momentum: share of the old direction in the new one.
         plateau_length: losses in a window.
         plateau_drop: what the length is divided by.
+        floor: the default of min_lr, as a share of eps.
     """
 
     lr: float | str | None
@@ -116,6 +117,7 @@ class PlateauSteps:
     momentum: float
     plateau_length: int
     plateau_drop: float
+    floor: float = 1e-3
 
     def __post_init__(self) -> None:
         check_rates(self.lr, self.min_lr)
@@ -132,7 +134,7 @@ class PlateauSteps:
         return {
             "velocity": torch.zeros_like(x),
             "rate": radius / 5 if self.lr is None else torch.full_like(radius, parse_number(self.lr)),
-            "least": radius / 1000 if self.min_lr is None else torch.full_like(radius, parse_number(self.min_lr)),
+            "least": radius * self.floor if self.min_lr is None else torch.full_like(radius, parse_number(self.min_lr)),
             "window": radius.new_full((len(x), self.plateau_length), torch.nan),
         }
 
