@@ -31,6 +31,11 @@ class Purse:
         self._oracle = oracle
         self._end = None if queries is None else oracle.forwards + queries
 
+    @property
+    def compact_every(self) -> int:
+        """Steps between two looks at who still stands, as the oracle's; a limit needs each one."""
+        return self._oracle.compact_every if self._end is None else 1
+
     def left(self, rows: Tensor) -> Tensor:
         """Return the queries left to `rows`, int64 (n,); 2^62 where nothing limits them."""
         spent = self._oracle.forwards[rows]

@@ -144,7 +144,7 @@ def _normal(
 ) -> Tensor:
     """Estimate the boundary's normal at points (n, C, H, W) by `counts` probes each: (n, C, H, W), of any length."""
     normal = torch.empty_like(points)
-    for part in torch.arange(len(rows), device=rows.device).split(max(1, oracle.capacity // BLOCK)):
+    for part in torch.split(torch.arange(len(rows), device=rows.device), max(1, oracle.capacity // BLOCK)):
         mean = _Mean(points[part])
         stack = max(1, oracle.capacity // (BLOCK * len(part)))
         for first in range(0, int(counts[part].max()), stack * BLOCK):
@@ -163,12 +163,12 @@ def _normal(
 def _directions(points: Tensor, asked: Tensor, noise: Callable[..., Tensor], streams: Streams) -> Tensor:
     """Draw directions of length 1 in blocks: (n, k, C, H, W), zeros in blocks where a sample asks nothing."""
     blocks = []
-    for block in asked.split(BLOCK, dim=1):
+    for block in torch.split(asked, BLOCK, dim=1):
         live = block[:, 0].nonzero().flatten()
         drawn = noise(streams.take(live), BLOCK, *points.shape[1:], dtype=points.dtype)[:, : block.shape[1]]
         blocks.append(points.new_zeros(*block.shape, *points.shape[1:]).index_copy_(0, live, drawn))
     directions = torch.cat(blocks, dim=1)
-    length = torch.linalg.vector_norm(directions, dim=(2, 3, 4), keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(directions, dim=(2, 3, 4), keepdim=True)
     return directions / length.clamp_min(torch.finfo(length.dtype).tiny)
 
 
