@@ -40,6 +40,10 @@ class ParametricThreat(Threat):
         """
 
     @abstractmethod
+    def steepest(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """Return the maximiser of <d, gradient> over the whole threat (0 where the gradient is 0)."""
+
+    @abstractmethod
     def padding(self) -> str:
         """Return what lies outside the image, by `grid_sample`'s names."""
 
@@ -152,6 +156,10 @@ class RotationTranslation(ParametricThreat):
         limits = self.limits(x).double()
         return (point.double().abs() <= limits + TOLERANCE * limits.clamp_min(1)).all(dim=1)
 
+    def steepest(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """Return the corner of the budget that the gradient points to, (B, 3)."""
+        return self.limits(x) * gradient.sign()
+
     @torch.no_grad()
     def project(self, point: Tensor, x: Tensor) -> Tensor:
         """Return the parameters, each cut to its budget."""
@@ -237,6 +245,15 @@ class Deformation(ParametricThreat):
         if self.size is None:
             raise ValueError("this needs a budget: give the threat its pixels (None is for minimum-norm attacks)")
         return self.size
+
+    def steepest(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """Return the raw field whose vectors point along the gradient, each as long as the budget, (B, 2, H, W).
+
+        Raises:
+            ValueError: pixels is None.
+        """
+        length = torch.hypot(*gradient.unbind(dim=1)).unsqueeze(1)  # squares of tiny gradients would underflow
+        return self._reach() * gradient / torch.where(length > 0, length, 1)
 
     @torch.no_grad()
     def project(self, point: Tensor, x: Tensor) -> Tensor:

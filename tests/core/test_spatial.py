@@ -131,6 +131,18 @@ def test_distance_of_a_deformation_is_its_largest_displacement():
     assert (threat.distance(point, x) < point.norm(dim=1).amax(dim=(1, 2))).all()  # smoothing never lengthens
 
 
+@pytest.mark.parametrize("threat", [RotationTranslation(20, 2), Deformation(0.7)])
+def test_the_steepest_point_beats_every_point_of_the_threat(threat):
+    x = picture(n=20)
+    g = torch.randn(threat.origin(x).shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    best = threat.steepest(g, x)
+    assert torch.allclose(threat.project(best, x), best, atol=1e-12)
+    for point in (threat.random_point(x, streams(20)), threat.project(30 * g, x), threat.project(-g, x)):
+        assert ((best * g).flatten(1).sum(dim=1) >= (point * g).flatten(1).sum(dim=1) - 1e-12).all()
+    assert torch.allclose(threat.steepest(1e-200 * g, x), best)
+    assert (threat.steepest(0 * g, x) == 0).all()
+
+
 def test_gradient_reaches_the_parameters():
     x = picture(n=2)
     for threat in (RotationTranslation(), Deformation(2.0)):
