@@ -129,35 +129,38 @@ class Ascent:
         Samples that have fallen, or cannot pay, leave on the way. `streams` are those of the whole batch.
         """
         cost = self.estimator.cost(oracle)
-        x, ball, own = oracle.x[rows], threat.take(rows), streams.take(rows)
-        velocity = torch.zeros_like(points)
+        ball, own = threat.take(rows), streams.take(rows)
+        project, velocity = ball.projector(oracle.x[rows]), None
         for step in range(self.steps):
             if step % oracle.compact_every == 0:
                 keep = oracle.still(rows, cost)
                 if len(keep) < len(rows):
-                    rows, points, velocity, x = rows[keep], points[keep], velocity[keep], x[keep]
-                    ball, own = ball.take(keep), own.take(keep)
+                    rows, points = rows[keep], points.index_select(0, keep)
+                    velocity = None if velocity is None else velocity.index_select(0, keep)
+                    ball, own, project = ball.take(keep), own.take(keep), project.take(keep)
             if len(rows) == 0:
                 return
-            velocity = self._direction(velocity, self.estimator(oracle, points, rows, self.loss, own))
-            points = self._step(x, ball, points, velocity)
+            gradient = self.basis.project(self.estimator(oracle, points, rows, self.loss, own))
+            if self.momentum:
+                gradient = velocity = self._accumulate(velocity, gradient)
+            points = project(self._step(ball, points, gradient))
         keep = oracle.still(rows, oracle.judge_cost)
         if len(keep):
             oracle.judge(points[keep], rows[keep], self.loss)
 
-    def _direction(self, velocity: Tensor, gradient: Tensor) -> Tensor:
-        gradient = self.basis.project(gradient)
-        if self.momentum == 0:
-            return gradient
+    def _accumulate(self, velocity: Tensor | None, gradient: Tensor) -> Tensor:
         size = gradient.abs().sum(dim=(1, 2, 3), keepdim=True)
-        return self.momentum * velocity + gradient / torch.where(size > 0, size, 1)
+        unit = gradient / torch.where(size > 0, size, 1)
+        return unit if velocity is None else self.momentum * velocity + unit
 
     @torch.no_grad()
-    def _step(self, x: Tensor, threat: Lp, points: Tensor, gradient: Tensor) -> Tensor:
+    def _step(self, threat: Lp, points: Tensor, gradient: Tensor) -> Tensor:
         direction = threat.steepest(gradient, self.density, at=points)
-        share = self.path / self.steps
-        length = share * threat.radius(x) if self.step_size is None else parse_number(self.step_size)
-        return threat.project(points + length * direction, x)
+        length = self.path / self.steps * threat.radius(points) if self.step_size is None else self._fixed(points)
+        return torch.addcmul(points, direction, length)
+
+    def _fixed(self, points: Tensor) -> Tensor:
+        return torch.as_tensor(parse_number(cast(float, self.step_size)), dtype=points.dtype, device=points.device)
 
 
 @dataclass(frozen=True)

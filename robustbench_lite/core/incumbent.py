@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from robustbench_lite.core.checks import version_of
 from robustbench_lite.core.threats import Threat
 
 __all__ = ["Incumbent"]
@@ -26,6 +27,7 @@ class Incumbent:
 
     def __init__(self, x: Tensor, threat: Threat, keep_first: bool) -> None:
         self._x, self._threat, self._keep_first = x, threat, keep_first
+        self._last: tuple[Tensor, int | None, tuple[Tensor, Threat]] | None = None
         self._minimise = threat.size is None
         self.points = threat.origin(x).clone()
         self.fallen = torch.zeros(len(x), dtype=torch.bool, device=x.device)
@@ -38,7 +40,7 @@ class Incumbent:
 
         Points outside the threat are ignored, whatever they achieve.
         """
-        x, threat = self._x[rows], self._threat.take(rows)
+        x, threat = self._part(rows)
         feasible = threat.contains(points, x)
         success = success & feasible
         merit = value.double().nan_to_num(nan=-torch.inf)
@@ -48,11 +50,30 @@ class Incumbent:
         tied = (merit == held) & (merit > torch.finfo(merit.dtype).min)  # below that no loss is known: the first stays
         better = (success & ~fallen) | ((success == fallen) & ((merit > held) | tied))
         better &= feasible & ~self.done[rows]
-        shape = (-1,) + (1,) * (points.ndim - 1)
-        self.points[rows] = torch.where(better.reshape(shape), points, self.points[rows])
+        self._keep(points, rows, better)
         self._merit[rows] = torch.where(better, merit, held)
         first = self.first_success[rows]
         self.first_success[rows] = torch.where(success & (first < 0), spent, first)
         self.fallen[rows] = fallen | success
         finished = self._merit[rows] == 0 if self._minimise else torch.full_like(success, self._keep_first)
         self.done[rows] |= self.fallen[rows] & finished
+
+    def _part(self, rows: Tensor) -> tuple[Tensor, Threat]:
+        """Return the images and the threat of `rows`; a search often asks about the same rows again."""
+        version = version_of(rows)
+        if self._last is None or self._last[0] is not rows or version is None or self._last[1] != version:
+            self._last = rows, version, (self._x.index_select(0, rows), self._threat.take(rows))
+        return self._last[2]
+
+    def _keep(self, points: Tensor, rows: Tensor, better: Tensor) -> None:
+        if points.untyped_storage().data_ptr() == self.points.untyped_storage().data_ptr():
+            points = points.clone()
+        if points.device.type == "cpu":
+            chosen = better.nonzero().flatten()
+            if len(chosen) == len(rows):
+                self.points.index_copy_(0, rows, points)
+            else:
+                self.points.index_copy_(0, rows[chosen], points.index_select(0, chosen))
+        else:  # without a wait for the GPU
+            shape = (-1,) + (1,) * (points.ndim - 1)
+            self.points[rows] = torch.where(better.reshape(shape), points, self.points[rows])
