@@ -1,11 +1,12 @@
 """The moves of the Square attack: how it starts, and how a window changes, for each norm.
 
-`points` and images are (n, C, H, W); `draws` are uniform numbers (n, moves.draws), those of one step for each sample.
+Images and points are (n, C, H, W); `draws` are uniform numbers (n, moves.draws), one row a sample.
 """
 
 from __future__ import annotations
 
 import math
+from copy import copy
 from functools import lru_cache
 from typing import Protocol, Self
 
@@ -18,23 +19,30 @@ from robustbench_lite.core.threats import Lp
 __all__ = ["MOVES", "Moves", "bump_pair"]
 
 CODED_CHANNELS = 16  # with more channels a draw of signs that changes nothing is too rare to look for
+FILLS = 3  # rounds of clipping and lengthening; 8 find no more
 
 
 class Moves(Protocol):
-    """Perturbations of one norm around clean images `x`, in `threat` (the one of these rows)."""
+    """A perturbation of each clean image in `x`, within `threat` (the one of these rows), and how to change it.
 
+    Attributes:
+        points: the current points.
+        draws: uniform numbers that one change needs, for each sample.
+    """
+
+    points: Tensor
     draws: int
 
-    def __init__(self, x: Tensor, threat: Lp) -> None: ...
-
-    def start(self, streams: Streams) -> Tensor:
-        """Return the first points."""
+    def __init__(self, x: Tensor, threat: Lp, streams: Streams) -> None: ...
 
     def side(self, share: float) -> int:
         """Return the side of a square window that holds about this share of the pixels."""
 
-    def propose(self, points: Tensor, side: int, draws: Tensor) -> Tensor:
-        """Return new points that differ from `points` in a random window."""
+    def change(self, side: int, draws: Tensor) -> Tensor:
+        """Return points that differ from the current ones in a random window; valid until `settle`."""
+
+    def settle(self, better: Tensor) -> None:
+        """Keep the change where `better`, bool (n,), says so, and take it back elsewhere."""
 
     def take(self, keep: Tensor) -> Self:
         """Return the moves of these rows."""
@@ -43,82 +51,98 @@ class Moves(Protocol):
 class LinfMoves:
     """Every entry is at an end of its interval: a window sets each channel to one of the two ends."""
 
-    def __init__(self, x: Tensor, threat: Lp) -> None:
+    def __init__(self, x: Tensor, threat: Lp, streams: Streams) -> None:
+        """Start from vertical stripes, one pixel wide, with a sign for each channel."""
         reach = 2 * threat.radius(x)
-        self._ends = threat.project(x - reach, x), threat.project(x + reach, x)
+        self._low, self._high = threat.project(x - reach, x), threat.project(x + reach, x)
+        self.points = torch.where(streams.uniform(x.shape[1], 1, x.shape[3]) < 0.5, self._high, self._low)
         self.draws = 3 + x.shape[1]
 
     def take(self, keep: Tensor) -> LinfMoves:
-        part = object.__new__(LinfMoves)
-        part._ends, part.draws = (self._ends[0][keep], self._ends[1][keep]), self.draws
+        part = copy(self)
+        part._low, part._high, part.points = (t.index_select(0, keep) for t in (self._low, self._high, self.points))
         return part
 
-    def start(self, streams: Streams) -> Tensor:
-        """Vertical stripes, one pixel wide, with a sign for each channel."""
-        low, high = self._ends
-        up = streams.uniform(low.shape[1], 1, low.shape[3]) < 0.5
-        return torch.where(up, high, low)
-
     def side(self, share: float) -> int:
-        height, width = self._ends[0].shape[2:]
+        height, width = self.points.shape[2:]
         return min(max(round(math.sqrt(share * height * width)), 1), height, width)
 
-    def propose(self, points: Tensor, side: int, draws: Tensor) -> Tensor:
-        """Give each channel of the window a random sign; signs that change nothing are drawn again."""
-        window = _window(points, side, draws[:, 0], draws[:, 1])
-        low, high = (end.flatten(2).gather(2, window) for end in self._ends)
+    def change(self, side: int, draws: Tensor) -> Tensor:
+        """Give each channel of the window a random sign, in place; signs that change nothing are drawn again."""
+        window = _window(self.points, side, draws[:, 0], draws[:, 1])
+        low, high, old = (t.flatten(2).gather(2, window) for t in (self._low, self._high, self.points))
         up = draws[:, 3:, None] < 0.5
-        same = torch.where(up, high, low) == points.flatten(2).gather(2, window)
-        up = up ^ (_some_channels(draws[:, 2], points.shape[1]) & same.all(dim=2).all(dim=1)[:, None, None])
-        return points.flatten(2).scatter(2, window, torch.where(up, high, low)).reshape(points.shape)
+        idle = (torch.where(up, high, low) == old).flatten(1).all(dim=1)
+        up = up ^ (_some_channels(draws[:, 2], old.shape[1]) & idle[:, None, None])
+        self._undo = window, old, torch.where(up, high, low)
+        self.points.flatten(2).scatter_(2, window, self._undo[2])
+        return self.points
+
+    def settle(self, better: Tensor) -> None:
+        window, old, new = self._undo
+        self.points.flatten(2).scatter_(2, window, torch.where(better[:, None, None], new, old))
 
 
 class L2Moves:
     """The change has length eps: a window takes over what another one held, in the shape of two opposite bumps."""
 
-    def __init__(self, x: Tensor, threat: Lp) -> None:
-        self._x, self._threat = x, threat
+    def __init__(self, x: Tensor, threat: Lp, streams: Streams) -> None:
+        """Start from a grid of bump pairs, five along the shorter side."""
+        self._x, self._radius, self._bounds = x, threat.radius(x).expand(len(x), 1, 1, 1), threat.bounds
         self.draws = 5 + x.shape[1]
-
-    def take(self, keep: Tensor) -> L2Moves:
-        return L2Moves(self._x[keep], self._threat.take(keep))
-
-    def start(self, streams: Streams) -> Tensor:
-        """Return a grid of bump pairs, five along the shorter side."""
-        n, channels, height, width = self._x.shape
+        n, channels, height, width = x.shape
         side = max(min(height, width) // 5, 1)
         down, across = height // side, width // side
         draws = streams.uniform(1 + channels, down, across)
-        tiles = _turned(bump_pair(side, self._x.dtype, self._x.device), draws[:, 0]).unsqueeze(1)
-        tiles = tiles * _signs(draws[:, 1:, :, :, None, None], self._x.dtype)
+        tiles = _turned(bump_pair(side, x.dtype, x.device), draws[:, 0]).unsqueeze(1)
+        tiles = tiles * _signs(draws[:, 1:, :, :, None, None], x.dtype)
         grid = tiles.transpose(3, 4).reshape(n, channels, down * side, across * side)
-        delta = torch.zeros_like(self._x)
+        delta = torch.zeros_like(x)
         top, left = (height - down * side) // 2, (width - across * side) // 2
         delta[:, :, top : top + down * side, left : left + across * side] = grid
-        return self._at_radius(delta)
+        self.points = self._at_radius(delta)
+
+    def take(self, keep: Tensor) -> L2Moves:
+        part = copy(self)
+        part._x, part._radius, part.points = (t.index_select(0, keep) for t in (self._x, self._radius, self.points))
+        return part
 
     def side(self, share: float) -> int:
         height, width = self._x.shape[2:]
         side = max(round(math.sqrt(share * height * width)), 3)
         return min(side + (side + 1) % 2, height, width)
 
-    def propose(self, points: Tensor, side: int, draws: Tensor) -> Tensor:
+    def change(self, side: int, draws: Tensor) -> Tensor:
         """Move the mass of a second window, and what clipping left unused, into the first one, channel by channel."""
-        first = _window(points, side, draws[:, 0], draws[:, 1])
-        second = _window(points, side, draws[:, 2], draws[:, 3])
-        delta = (points - self._x).flatten(2)
-        cleared = delta.scatter(2, first, 0).scatter(2, second, 0)
-        held = (delta - cleared).square().sum(dim=2, keepdim=True)
-        squares = delta.square().sum(dim=(1, 2)).reshape(-1, 1, 1)
-        unused = (self._threat.radius(points).flatten(2).square() - squares).clamp_min(0) / points.shape[1]
-        shape = _turned(bump_pair(side, points.dtype, points.device), draws[:, 4]).flatten(1).unsqueeze(1)
-        fresh = shape * _signs(draws[:, 5:, None], points.dtype) + _unit(delta.gather(2, first))
-        fresh = _unit(fresh) * (held + unused).sqrt()
-        return self._at_radius(cleared.scatter(2, first, fresh).reshape(points.shape))
+        first = _window(self.points, side, draws[:, 0], draws[:, 1])
+        second = _window(self.points, side, draws[:, 2], draws[:, 3])
+        delta = (self.points - self._x).flatten(2)
+        cleared = delta.scatter(2, first, 0).scatter_(2, second, 0)
+        squares, kept = (t.square().sum(dim=2, keepdim=True) for t in (delta, cleared))
+        unused = (self._radius.flatten(2).square() - squares.sum(dim=1, keepdim=True)).clamp_min(0) / delta.shape[1]
+        shape = _turned(bump_pair(side, delta.dtype, delta.device), draws[:, 4]).flatten(1).unsqueeze(1)
+        fresh = shape * _signs(draws[:, 5:, None], delta.dtype) + _unit(delta.gather(2, first))
+        fresh = _unit(fresh) * ((squares - kept).clamp_min(0) + unused).sqrt()
+        self._changed = self._at_radius(cleared.scatter_(2, first, fresh).reshape(self.points.shape))
+        return self._changed
+
+    def settle(self, better: Tensor) -> None:
+        self.points = torch.where(better[:, None, None, None], self._changed, self.points)
 
     def _at_radius(self, delta: Tensor) -> Tensor:
-        length = delta.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1).clamp_min(1e-12)
-        return self._threat.project(self._x + delta * (self._threat.radius(delta) / length), self._x)
+        """Return points at distance eps along `delta`, as far as the image bounds allow.
+
+        Clipping shortens the change, on black images by half its mass; lengthening it again, `FILLS` times, doubled the
+        share of MNIST images that fall to l2 2.0 on an adversarially trained net in 500 queries.
+        """
+        # A few ulp short of eps: the oracle drops points that rounding puts outside.
+        radius = self._radius * (1 - 8 * torch.finfo(delta.dtype).eps)
+        low, high = self._bounds[0] - self._x, self._bounds[1] - self._x
+        for fill in range(1 + FILLS):
+            length = delta.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1).clamp_min(1e-12)
+            factor = radius / length
+            delta = (delta * (factor if fill < FILLS else factor.clamp_max(1))).clamp(low, high)
+        return (self._x + delta).clamp(*self._bounds)
 
 
 MOVES: dict[str, type[Moves]] = {"linf": LinfMoves, "l2": L2Moves}
@@ -130,8 +154,7 @@ def _window(images: Tensor, side: int, down: Tensor, across: Tensor) -> Tensor:
     top, left = ((u * (size - side + 1)).long().clamp_max(size - side) for u, size in ((down, height), (across, width)))
     steps = torch.arange(side, device=images.device)
     corner = (top * width + left).reshape(-1, 1, 1)
-    flat = (corner + (steps[:, None] * width + steps).reshape(1, 1, -1)).expand(-1, images.shape[1], -1)
-    return flat
+    return (corner + (steps[:, None] * width + steps).reshape(1, 1, -1)).expand(-1, images.shape[1], -1)
 
 
 def _some_channels(draw: Tensor, channels: int) -> Tensor:
@@ -143,12 +166,11 @@ def _some_channels(draw: Tensor, channels: int) -> Tensor:
 
 
 def _signs(draws: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.where(draws < 0.5, -1.0, 1.0).to(dtype)
+    return torch.where(draws < 0.5, -1, 1).to(dtype)
 
 
 def _unit(rows: Tensor) -> Tensor:
-    length = rows.square().sum(dim=2, keepdim=True).sqrt()
-    return rows / length.clamp_min(1e-12)
+    return rows / rows.square().sum(dim=2, keepdim=True).sqrt().clamp_min(1e-12)
 
 
 def _turned(shape: Tensor, draws: Tensor) -> Tensor:
@@ -159,9 +181,8 @@ def _turned(shape: Tensor, draws: Tensor) -> Tensor:
 @lru_cache(maxsize=64)
 def bump_pair(side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return two bumps of opposite sign, one above the other, (side, side) of l2 norm 1."""
-    halves = [_bump(side // 2, side), -_bump(side - side // 2, side)]
-    pair = torch.cat(halves)
-    return (pair / pair.norm()).to(dtype=dtype, device=device)
+    pair = torch.cat([_bump(side // 2, side), -_bump(side - side // 2, side)]) / math.sqrt(2 if side > 1 else 1)
+    return pair.to(dtype=dtype, device=device)
 
 
 def _bump(height: int, width: int) -> Tensor:
@@ -173,4 +194,4 @@ def _bump(height: int, width: int) -> Tensor:
     ring = torch.maximum(rows.abs()[:, None], columns.abs()).long()
     weights = 1 / torch.arange(1, max(height, width) // 2 + 2, dtype=torch.float64).square()
     bump = weights.flip(0).cumsum(0).flip(0)[ring]
-    return bump / bump.norm() if height else bump
+    return bump / bump.square().sum().sqrt() if height else bump

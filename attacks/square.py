@@ -4,7 +4,8 @@ Threat: linf, l2. Access: scores.
 Source: Andriushchenko, Croce, Flammarion and Hein 2019, "Square Attack: a query-efficient black-box adversarial attack
 via random search" (1912.00049); p_init 0.8 and 5,000 queries are those of AutoAttack (Croce and Hein 2020, 2003.01690).
 Departures: each sample draws its own windows (AutoAttack's batch shares them); a window may lie anywhere, the last row
-and column included; images need not be square.
+and column included; images need not be square; in l2, what clipping to the image bounds takes from the change is given
+back at once, so that candidates use the whole radius; the first candidate counts as a query.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Square(Attack):
     def share(self, step: int) -> float:
         """Return the share of the pixels in the window of this step, 0 .. queries - 1."""
         position = 10_000 * step // self.queries
-        return self.p_init / 2 ** sum(position > halving for halving in HALVINGS)
+        return self.p_init / float(2 ** sum(position > halving for halving in HALVINGS))
 
     def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
         """Search `restarts` times, each on the samples that still stand."""
@@ -84,30 +85,23 @@ class Square(Attack):
         rows = oracle.standing(oracle.scores_cost)
         if len(rows) == 0:
             return
-        moves = MOVES[threat.norm](oracle.x[rows], threat.take(rows))
-        points = moves.start(streams.take(rows))
-        value = _ask(oracle, points, rows, loss)
+        moves = MOVES[threat.norm](oracle.x[rows], threat.take(rows), streams.take(rows))
+        value = _ask(oracle, moves.points, rows, loss)
         draws = value.new_empty(len(rows), BLOCK, moves.draws)
         for step in range(self.queries - 1):
             if step % oracle.compact_every == 0:
                 keep = oracle.still(rows, oracle.scores_cost)
+                if len(keep) < len(rows):
+                    rows, value, draws, moves = rows[keep], value[keep], draws[keep], moves.take(keep)
                 if len(keep) == 0:
                     return
-                if len(keep) < len(rows):
-                    rows, points, value, draws, moves = (
-                        rows[keep],
-                        points[keep],
-                        value[keep],
-                        draws[keep],
-                        moves.take(keep),
-                    )
             if step % BLOCK == 0:
                 draws = streams.take(rows).uniform(BLOCK, moves.draws)
-            proposal = moves.propose(points, moves.side(self.share(step)), draws[:, step % BLOCK])
-            new = _ask(oracle, proposal, rows, loss)
+            changed = moves.change(moves.side(self.share(step)), draws[:, step % BLOCK])
+            new = _ask(oracle, changed, rows, loss)
             better = new > value
             value = torch.where(better, new, value)
-            points = torch.where(better.reshape(-1, 1, 1, 1), proposal, points)
+            moves.settle(better)
 
 
 def _ask(oracle: Oracle, points: Tensor, rows: Tensor, loss: Loss) -> Tensor:
