@@ -5,28 +5,28 @@ Source: Pintor, Roli, Brendel and Biggio 2021, "Fast Minimum-norm Adversarial At
 Constraints" (2102.12827). Each sample has a radius of its own: the first-order estimate of the distance to the
 boundary until something adversarial is met, and from then on a little less after each success, a little more after
 each failure.
-Departures, without which (measured: `benchmarks/minimum_norm.py`) it misses most images of adversarially trained
-MNIST nets, whose gradients point out of the image bounds: entries at a bound that cannot move take no part in a step;
-steps end on the sphere of the radius, clipping counted, not merely inside the ball; the estimate of the distance is
-trusted for the length of one step. The loss is the soft margin by default (the margin with log-sum-exp in place of max:
-the direction of the cross-entropy, which DDN follows too). Further: the last point is judged (one pass more than
-`steps`); with a budget, the radius never exceeds it; l0 counts pixels unless the threat counts coordinates, and its
-radius never falls below 1; there are no adversarial starting points.
+Departures, without which (measured) it misses most images of adversarially trained MNIST nets, whose gradients point
+out of the image bounds: entries at a bound that cannot move take no part in a step; steps end on the sphere of the
+radius, clipping counted, not merely inside the ball; the estimate of the distance is trusted for the length of one
+step, and grows by gamma, since a linear model would be approached from below and never crossed. The loss anneals from
+a soft margin, whose direction is that of the cross-entropy (DDN's loss), to the margin (the original's loss). Further:
+the last point is judged (one pass more than `steps`); with a budget, the radius never exceeds it; l0 counts pixels
+unless the threat counts coordinates, and its radius never falls below 1; there are no adversarial starting points.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self, cast
 
 import torch
 from torch import Tensor
 
 from robustbench_lite.attacks.base import Attack
-from robustbench_lite.core.errors import lookup
 from robustbench_lite.core.goals import Goal, Targeted
-from robustbench_lite.core.losses import Loss, margin
+from robustbench_lite.core.losses import margin
 from robustbench_lite.core.norms import NORMS
 from robustbench_lite.core.oracle import Oracle
 from robustbench_lite.core.rng import Streams
@@ -35,6 +35,7 @@ from robustbench_lite.core.threats import Lp, Threat
 __all__ = ["FMN"]
 
 SCALINGS = 8  # rounds towards the sphere, each step
+COLD = 0.01  # temperature, in units of the logits, below which a soft maximum is the maximum
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,6 @@ class FMN(Attack):
         alpha_final: l2 length of the last step; None: `alpha_init / 100`.
         gamma_init: share by which the radius shrinks or grows at first; it falls along a cosine.
         gamma_final: that share in the end.
-        loss: "soft_margin" or the original's "margin".
 
     Raises:
         ValueError: a hyper-parameter out of range.
@@ -58,12 +58,10 @@ class FMN(Attack):
     alpha_final: float | None = None
     gamma_init: float = 0.05
     gamma_final: float = 0.001
-    loss: str = "soft_margin"
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"steps must be a whole number, at least 1, got {self.steps!r}")
-        lookup(self.loss, LOSSES, "loss")
         for name in ("alpha_init", "alpha_final"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -78,7 +76,7 @@ class FMN(Attack):
 
     def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
         """Search each sample's nearest adversarial example from the clean image; deterministic."""
-        loss, rows = LOSSES[self.loss], oracle.standing(oracle.gradient_cost)
+        rows = oracle.standing(oracle.gradient_cost)
         search = _Search.start(x[rows], cast(Lp, threat).take(rows))
         for step in range(self.steps):
             if step % oracle.compact_every == 0:
@@ -86,16 +84,16 @@ class FMN(Attack):
                 rows, search = rows[keep], search.take(keep)
             if len(rows) == 0:
                 return oracle.best
-            value, gradient = oracle.gradient(search.points, rows, loss)
-            search = search.step(oracle.verdict, value, gradient, *self._schedule(step))
+            cosine = (1 + math.cos(math.pi * step / self.steps)) / 2
+            value, gradient = oracle.gradient(search.points, rows, partial(_soft_margin, temperature=cosine))
+            search = search.step(oracle.verdict, value, gradient, *self._sizes(cosine))
         keep = oracle.still(rows, oracle.judge_cost)
         if len(keep):
-            oracle.judge(search.points[keep], rows[keep], loss)
+            oracle.judge(search.points[keep], rows[keep], margin)
         return oracle.best
 
-    def _schedule(self, step: int) -> tuple[float, float]:
-        """Return the l2 length of this step, and the share by which radii change."""
-        cosine = (1 + math.cos(math.pi * step / self.steps)) / 2
+    def _sizes(self, cosine: float) -> tuple[float, float]:
+        """Return the l2 length of a step, and the share by which radii change."""
         final = self.alpha_init / 100 if self.alpha_final is None else self.alpha_final
         return (
             final + (self.alpha_init - final) * cosine,
@@ -152,7 +150,7 @@ class _Search:
         return replace(self, points=self._inside(radius, step), radius=radius, nearest=nearest)
 
     def _radius(self, fooled: Tensor, nearest: Tensor, share: float, estimate: Tensor) -> Tensor:
-        missed = torch.where(nearest.isfinite(), self.radius * (1 + share), estimate)
+        missed = torch.where(nearest.isfinite(), self.radius, estimate) * (1 + share)
         return torch.where(fooled, torch.minimum(self.radius * (1 - share), nearest), missed)
 
     def _pixels(self, fooled: Tensor, nearest: Tensor, share: float) -> Tensor:
@@ -178,19 +176,21 @@ class _Search:
             norm = NORMS[self.threat.norm]
             for _ in range(SCALINGS):
                 length = norm.size(moved.clamp(low, high))
-                factor = torch.where((length > 0) & (length < 0.999 * radius), radius / length, 1)
+                factor = torch.where((length > 0) & (length < (1 - 1e-4) * radius), radius / length, 1)
                 if moved.device.type == "cpu" and not bool((factor > 1).any()):
                     break  # each has settled: more rounds would change nothing
                 moved = moved * factor.reshape(-1, 1, 1, 1)
         return replace(self.threat, eps=radius).project(self.x + moved, self.x)
 
 
-def _soft_margin(logits: Tensor, goal: Goal) -> Tensor:
-    """The margin with log-sum-exp in place of max over the other logits: the cross-entropy's direction, unsaturated."""
+def _soft_margin(logits: Tensor, goal: Goal, temperature: float) -> Tensor:
+    """Return the margin with a soft maximum over the other logits.
+
+    At temperature 1 it has the direction of the cross-entropy, and does not saturate; at 0 it is the margin.
+    """
+    if temperature < COLD:
+        return margin(logits, goal)
     column = goal.labels.unsqueeze(1)
-    others = logits.scatter(1, column, -torch.inf).logsumexp(dim=1)
-    value = others - logits.gather(1, column).squeeze(1)
+    others = (logits / temperature).scatter(1, column, -torch.inf).logsumexp(dim=1)
+    value = temperature * others - logits.gather(1, column).squeeze(1)
     return -value if isinstance(goal, Targeted) else value
-
-
-LOSSES: dict[str, Loss] = {"soft_margin": _soft_margin, "margin": margin}
