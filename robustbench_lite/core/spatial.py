@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Self
 
 import torch
@@ -73,13 +74,15 @@ def _pixel_size(x: Tensor) -> Tensor:
     return x.new_tensor([2 / x.shape[-1], 2 / x.shape[-2]]).reshape(2, 1, 1)
 
 
-def _smoother(like: Tensor, length: int, smoothness: float) -> Tensor:
+@lru_cache(maxsize=16)
+def _smoother(length: int, smoothness: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the Gaussian as a matrix (length, length): on small images two products beat two convolutions 4 to 1."""
     reach = max(1, math.ceil(3 * smoothness))
-    taps = torch.exp(-0.5 * (torch.arange(reach + 1, dtype=like.dtype, device=like.device) / smoothness) ** 2)
-    place = torch.arange(length, device=like.device)
-    apart = (place - place.unsqueeze(1)).abs()
-    return torch.where(apart <= reach, taps[apart.clamp_max(reach)], 0) / (2 * taps.sum() - taps[0])
+    with torch.inference_mode(False):  # an inference tensor could not be used in a graph later
+        place = torch.arange(length, device=device)
+        apart = (place - place.unsqueeze(1)).abs()
+        taps = torch.exp(-0.5 * (torch.arange(reach + 1, dtype=dtype, device=device) / smoothness) ** 2)
+        return torch.where(apart <= reach, taps[apart.clamp_max(reach)], 0) / (2 * taps.sum() - taps[0])
 
 
 def _budget(value: float | str, what: str) -> float:
@@ -217,8 +220,8 @@ class Deformation(ParametricThreat):
         """Return the displacements (B, 2, H, W): the raw field, smoothed (zeros beyond the border)."""
         if self.smoothness == 0:
             return point
-        height, width = point.shape[-2:]
-        return _smoother(point, height, self.smoothness) @ point @ _smoother(point, width, self.smoothness)
+        down, across = (_smoother(n, self.smoothness, point.dtype, point.device) for n in point.shape[-2:])
+        return down @ point @ across
 
     def grid(self, x: Tensor, point: Tensor) -> Tensor:
         """Return where each pixel reads: its own place plus the flow."""
