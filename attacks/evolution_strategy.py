@@ -68,20 +68,27 @@ class EvolutionStrategy(Attack):
     def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
         """Let generations pass until each sample has fallen or has spent its budget."""
         ball, size = cast(Lp, threat), self.basis.size(x.shape[1:])
+        allowance, everyone = Allowance(oracle, self.queries), oracle.standing()
+        for rows in torch.split(everyone, self.strategy.at_once(size)):
+            self._search(oracle, ball, rows, size, allowance, streams)
+        return oracle.best
+
+    def _search(
+        self, oracle: Oracle, threat: Lp, rows: Tensor, size: int, allowance: Allowance, streams: Streams
+    ) -> None:
         count = self.strategy.members(size)
-        allowance, rows = Allowance(oracle, self.queries), oracle.standing()
-        state = self.strategy.start(self._unit(x[rows], ball.take(rows), size), size)
+        state = self.strategy.start(self._unit(oracle.x[rows], threat.take(rows), size), size)
         generation = 0
         while True:
             rows, state = take(allowance.still(rows, count + oracle.scores_cost), rows, state)
             if len(rows) == 0:
-                return oracle.best
+                return
             groups = torch.split(torch.arange(len(rows), device=rows.device), max(1, oracle.capacity // count))
             parts = []
             for group in groups:
                 part = {name: tensor[group] for name, tensor in state.items()} if len(groups) > 1 else state
                 draws = self.strategy.draw(size, streams.take(rows[group]))
-                loss = self._ask(oracle, ball, rows[group], self.strategy.offspring(part, draws))
+                loss = self._ask(oracle, threat, rows[group], self.strategy.offspring(part, draws))
                 parts.append(self.strategy.update(part, draws, loss, generation))
             state = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             generation += 1

@@ -21,7 +21,8 @@ from robustbench_lite.core.rng import Streams
 __all__ = ["CMAES", "OpenAIES", "RankNES", "Strategy"]
 
 State = dict[str, Tensor]
-LARGEST_CMA = 512  # coefficients: each sample keeps two matrices of this size squared, 4 MiB in float64
+LARGEST_CMA = 512  # coefficients; an update holds some six matrices of this size squared for each sample
+CMA_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,10 @@ class Strategy(ABC):
     @abstractmethod
     def members(self, size: int) -> int:
         """Return the number of members of a generation in `size` dimensions."""
+
+    def at_once(self, size: int) -> int:
+        """Return how many searches may run at a time, for the memory that their states take."""
+        return 2**20
 
     @abstractmethod
     def start(self, unit: Tensor, size: int) -> State:
@@ -198,6 +203,10 @@ class CMAES(Strategy):
     def members(self, size: int) -> int:
         """Return the population, by default the tutorial's."""
         return 4 + int(3 * math.log(size)) if self.population is None else self.population
+
+    def at_once(self, size: int) -> int:
+        """Return how many searches' matrices fit in 256 MiB."""
+        return max(1, CMA_BYTES // (6 * 8 * size**2))
 
     def start(self, unit: Tensor, size: int) -> State:
         """Return round distributions at 0.

@@ -278,6 +278,7 @@ def test_memory_bounds_the_members_and_changes_nothing(strategy, capacity, smoot
 
     monkeypatch.setattr(Oracle, "scores", spy)
     monkeypatch.setattr(Oracle, "capacity", capacity)
+    monkeypatch.setattr(type(strategy), "at_once", lambda self, size: 5)
     frugal = attack(smooth, images, y, threat, max_queries=120)
     assert max(asked) <= capacity
     assert torch.allclose(frugal.x_adv, expected.x_adv, atol=1e-12)
