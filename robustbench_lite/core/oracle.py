@@ -142,6 +142,11 @@ class Oracle:
         return self._view_cost + (0 if self._one_pass else 1)
 
     @property
+    def probe_cost(self) -> int:
+        """Forward passes of one `gradient` or `curvature` question about a probe."""
+        return self._view_cost
+
+    @property
     def scores_cost(self) -> int:
         """Forward passes of one `scores` or `topk` question about a candidate."""
         return 1 if self._own_predict is None else 2
