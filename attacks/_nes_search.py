@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from robustbench_lite.attacks._decision import Purse
 from robustbench_lite.attacks.estimators import ScoreEstimator
 from robustbench_lite.core.checks import parse_number
 from robustbench_lite.core.losses import Loss
@@ -19,27 +20,9 @@ from robustbench_lite.core.oracle import Oracle
 from robustbench_lite.core.rng import Streams
 from robustbench_lite.core.threats import Lp
 
-__all__ = ["Adam", "Allowance", "PlateauSteps", "State", "Update", "check_queries", "check_rates", "climb", "take"]
+__all__ = ["Adam", "PlateauSteps", "State", "Update", "check_queries", "check_rates", "climb", "take"]
 
 State = dict[str, Tensor]
-
-
-class Allowance:
-    """The forward passes that an attack itself allows each sample, from now on, under those of the oracle.
-
-    Args:
-        oracle: whose count is kept.
-        queries: forward passes for each sample.
-    """
-
-    def __init__(self, oracle: Oracle, queries: int) -> None:
-        self._oracle, self._limit = oracle, oracle.forwards + queries
-
-    def still(self, rows: Tensor, cost: int) -> Tensor:
-        """Return the positions within `rows` (n,) of those that still search and can pay `cost` more passes."""
-        keep = self._oracle.still(rows, cost)
-        owners = rows[keep]
-        return keep[self._oracle.forwards[owners] + cost <= self._limit[owners]]
 
 
 class Update(Protocol):
@@ -82,15 +65,15 @@ def climb(
         update: how a step follows from them.
         queries: forward passes that each sample may spend here.
     """
-    allowance, probes = Allowance(oracle, queries), estimator.probes(oracle)
+    purse, probes = Purse(oracle, queries), estimator.probes(oracle)
     rows = oracle.standing(oracle.scores_cost)
     state = update.start(oracle.x[rows], threat.take(rows)) | {"points": oracle.x[rows]}
     while True:
-        rows, state = take(allowance.still(rows, oracle.scores_cost), rows, state)
+        rows, state = take(purse.still(rows, oracle.scores_cost), rows, state)
         if len(rows) == 0:
             return
         state["value"] = estimator.judge(oracle, state["points"], rows, loss)
-        rows, state = take(allowance.still(rows, probes), rows, state)
+        rows, state = take(purse.still(rows, probes), rows, state)
         if len(rows) == 0:
             return
         points, value, ball = state["points"], state["value"], threat.take(rows)

@@ -17,7 +17,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from robustbench_lite.attacks._nes_search import Allowance, check_queries, take
+from robustbench_lite.attacks._decision import Purse
+from robustbench_lite.attacks._nes_search import check_queries, take
 from robustbench_lite.attacks.base import Attack
 from robustbench_lite.attacks.basis import DCT, Basis
 from robustbench_lite.attacks.strategies import RankNES, Strategy
@@ -68,19 +69,17 @@ class EvolutionStrategy(Attack):
     def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
         """Let generations pass until each sample has fallen or has spent its budget."""
         ball, size = cast(Lp, threat), self.basis.size(x.shape[1:])
-        allowance, everyone = Allowance(oracle, self.queries), oracle.standing()
+        purse, everyone = Purse(oracle, self.queries), oracle.standing()
         for rows in torch.split(everyone, self.strategy.at_once(size)):
-            self._search(oracle, ball, rows, size, allowance, streams)
+            self._search(oracle, ball, rows, size, purse, streams)
         return oracle.best
 
-    def _search(
-        self, oracle: Oracle, threat: Lp, rows: Tensor, size: int, allowance: Allowance, streams: Streams
-    ) -> None:
+    def _search(self, oracle: Oracle, threat: Lp, rows: Tensor, size: int, purse: Purse, streams: Streams) -> None:
         count = self.strategy.members(size)
         state = self.strategy.start(self._unit(oracle.x[rows], threat.take(rows), size), size)
         generation = 0
         while True:
-            rows, state = take(allowance.still(rows, count + oracle.scores_cost), rows, state)
+            rows, state = take(purse.still(rows, count + oracle.scores_cost), rows, state)
             if len(rows) == 0:
                 return
             groups = torch.split(torch.arange(len(rows), device=rows.device), max(1, oracle.capacity // count))
