@@ -176,6 +176,31 @@ def test_the_ball_shrinks_only_while_the_loss_is_low_and_only_points_in_the_thre
     assert float(after["eps"]) == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize(
+    "attack", [NESPartialInformation(samples=40), NESLabelOnly(samples=20, m=10)], ids=["partial", "label"]
+)
+@pytest.mark.parametrize("capacity", [1, 30])
+def test_memory_bounds_the_probes_and_changes_nothing(attack, capacity, smooth, images, monkeypatch):
+    with torch.no_grad():
+        smooth[3].weight *= 20
+    y, threat, asked = predict(smooth, images), Lp("linf", 0.05), []
+    expected = attack(smooth, images, y, threat, max_queries=500)
+    for name in ("topk", "labels"):
+        question = getattr(Oracle, name)
+
+        def spy(self, points, rows, *args, question=question, candidate=True):
+            asked.append(0 if candidate else len(points))
+            return question(self, points, rows, *args, candidate=candidate)
+
+        monkeypatch.setattr(Oracle, name, spy)
+    monkeypatch.setattr(Oracle, "capacity", capacity)
+    frugal = attack(smooth, images, y, threat, max_queries=500)
+    assert 0 < max(asked) <= max(capacity, 16)
+    assert torch.allclose(frugal.x_adv, expected.x_adv, atol=1e-9)
+    assert torch.equal(frugal.forwards, expected.forwards)
+    assert expected.forwards.max() > 100
+
+
 def test_label_only_needs_no_more_than_labels():
     assert NESLabelOnly().access == Access.LABEL
     assert NESLabelOnly(k=2).access == NESPartialInformation().access == Access.TOPK
