@@ -162,7 +162,8 @@ def _some_channels(draw: Tensor, channels: int) -> Tensor:
     count = min(channels, CODED_CHANNELS)
     code = (1 + (draw * (2**count - 1)).long()).clamp_max(2**count - 1)
     bits = torch.arange(channels, device=draw.device)
-    return (((code[:, None] >> bits.clamp_max(count)) & 1) == 1).unsqueeze(2)
+    chosen: Tensor = ((code[:, None] >> bits.clamp_max(count)) & 1) == 1
+    return chosen.unsqueeze(2)
 
 
 def _signs(draws: Tensor, dtype: torch.dtype) -> Tensor:
