@@ -67,7 +67,8 @@ class Oracle:
         goal: what counts as success.
         threat: where points must lie.
         view: a differentiable stand-in for gradients; None: the model itself. A view whose call costs several forward
-            passes of the model says so in its attribute `cost`.
+            passes of the model says so in its attribute `cost`. A view with `screens = True` claims to be the model
+            itself, computed faster: it answers all questions, and only candidates that fool it are put to the model.
         access: the level above which questions are refused.
         max_queries: forward passes that each sample may spend; None for no limit.
         stop: "success": a sample is done once it has fallen; "never": all go on and keep their highest loss.
@@ -104,7 +105,9 @@ class Oracle:
         self.verdict = torch.zeros(0, dtype=torch.bool, device=x.device)
         self._model, self._view = model, model if view is None else view
         self._own_predict = own_predict(model)
-        self._one_pass = self._view is model and self._own_predict is None  # logits serve loss, success and gradient
+        self._screens = bool(getattr(self._view, "screens", False))
+        # One pass serves loss, success and gradient.
+        self._one_pass = self._screens or (self._view is model and self._own_predict is None)
         self._view_cost = int(getattr(self._view, "cost", 1))
         self.stochastic, self._rejects = is_stochastic(model), rejects(model)
         self._memory = Memory(memory_budget, x, watch=not hasattr(model, "_orig_mod"))
@@ -149,7 +152,7 @@ class Oracle:
     @property
     def scores_cost(self) -> int:
         """Forward passes of one `scores` or `topk` question about a candidate."""
-        return 1 if self._own_predict is None else 2
+        return 1 if self._screens or self._own_predict is None else 2
 
     def standing(self, queries: int = 1) -> Tensor:
         """Return the rows, int64 (n,), that still search and can pay for `queries` more forward passes."""
@@ -314,34 +317,47 @@ class Oracle:
     def _scores(self, points: Tensor, rows: Tensor, loss: Loss, aim: Goal | None, candidate: bool) -> Tensor:
         self._pay(rows, self.scores_cost if candidate else 1)
         with torch.no_grad():
-            (logits,) = self._memory.ask(lambda part: (self._logits(self._model, points[part], rows[part]),), len(rows))
+            asked = self._view if self._screens else self._model
+            (logits,) = self._memory.ask(lambda part: (self._logits(asked, points[part], rows[part]),), len(rows))
         if candidate:
             value = loss(logits, self.goal.take(rows) if aim is None else aim)
-            self._offer(points, rows, value, None if self._own_predict else logits)
+            self._offer(points, rows, value, logits if self._screens or self._own_predict is None else None)
         return logits
 
     def _offer(self, points: Tensor, rows: Tensor, value: Tensor, logits: Tensor | None) -> None:
         """Judge candidates by the deployed model's logits where they are at hand, else by asking it (already paid)."""
-        self._judge(points, rows, self._predict(points, rows) if logits is None else labels_of(logits), value)
+        if not self._screens or logits is None:
+            labels = self._predict(points, rows) if logits is None else labels_of(logits)
+            return self._judge(points, rows, labels, value)
+        apparent = self.goal.take(rows).achieved(labels_of(logits), self._rejects)
+        return self._record(
+            points,
+            rows,
+            self._confirm(points, rows, apparent, draws=1 if not self.stochastic else MAJORITY_DRAWS),
+            value,
+        )
 
     def _judge(self, points: Tensor, rows: Tensor, labels: Tensor, value: Tensor) -> None:
         success = self.goal.take(rows).achieved(labels, self._rejects)
         if self.stochastic:
-            success = self._majority(points, rows, success)
+            success = self._confirm(points, rows, success, draws=MAJORITY_DRAWS)
+        self._record(points, rows, success, value)
+
+    def _record(self, points: Tensor, rows: Tensor, success: Tensor, value: Tensor) -> None:
         self.verdict = success
         self.found.offer(points, rows, success, value, self.forwards[rows])
 
-    def _majority(self, points: Tensor, rows: Tensor, success: Tensor) -> Tensor:
-        """Confirm lucky draws: most of `MAJORITY_DRAWS` fresh ones must succeed too. Who cannot pay has not fallen."""
+    def _confirm(self, points: Tensor, rows: Tensor, success: Tensor, draws: int) -> Tensor:
+        """Confirm apparent successes: most of `draws` more answers must be ones too. Who cannot pay has not fallen."""
         confirmed = torch.zeros_like(success)
         lucky = success.nonzero().flatten()
-        lucky = lucky[self.still(rows[lucky], MAJORITY_DRAWS)]
+        lucky = lucky[self.still(rows[lucky], draws)]
         if len(lucky) == 0:
             return confirmed
-        self._pay(rows[lucky], MAJORITY_DRAWS)
+        self._pay(rows[lucky], draws)
         goal = self.goal.take(rows[lucky])
-        votes = [goal.achieved(self._predict(points[lucky], rows[lucky]), self._rejects) for _ in range(MAJORITY_DRAWS)]
-        confirmed[lucky] = torch.stack(votes).sum(dim=0) > MAJORITY_DRAWS // 2
+        votes = [goal.achieved(self._predict(points[lucky], rows[lucky]), self._rejects) for _ in range(draws)]
+        confirmed[lucky] = torch.stack(votes).sum(dim=0) > draws // 2
         return confirmed
 
     def _predict(self, points: Tensor, rows: Tensor) -> Tensor:
