@@ -32,7 +32,7 @@ def rule_for(threat: Lp, x: Tensor, start: Tensor, steps: int, rho: float, resum
     """Return the rule of the threat's norm; `resumed` where the start is the outcome of another search."""
     if threat.norm == "l1":
         used = (start != x).flatten(1).sum(dim=1) if resumed else None
-        return Sparse(threat, x, Sparsity(_length(threat, x), steps, x[0].numel(), used))
+        return Sparse(threat, x, Sparsity(_length(threat, x), steps, x.shape[1:].numel(), used))
     return Momentum(threat, x, Halving(2 * _length(threat, x), steps, rho))
 
 

@@ -87,12 +87,13 @@ class APGD(Attack):
         """Run `restarts` searches for each aim, each on the samples that still stand."""
         for aim in self._aims(oracle, x, goal):
             for _ in range(self.restarts):
-                rows = oracle.standing(self._cost(oracle))
+                rows = oracle.standing(self.step_cost(oracle))
                 if len(rows):
-                    self._search(oracle, rows, aim.take(rows), cast(Lp, threat).take(rows), streams.take(rows))
+                    self.search(oracle, rows, aim.take(rows), cast(Lp, threat).take(rows), streams.take(rows))
         return oracle.best
 
-    def _cost(self, oracle: Oracle) -> int:
+    def step_cost(self, oracle: Oracle) -> int:
+        """Return the forward passes of one step."""
         return self.eot * oracle.gradient_cost
 
     def _aims(self, oracle: Oracle, x: Tensor, goal: Goal) -> Iterator[Goal]:
@@ -106,8 +107,16 @@ class APGD(Attack):
             for target in likeliest_targets(logits, goal.labels[rows], self.target_classes).unbind(dim=1):
                 yield Towards(goal.labels, goal.labels.index_copy(0, rows, target))
 
-    def _search(self, oracle: Oracle, rows: Tensor, aim: Goal, threat: Lp, streams: Streams) -> None:
-        """Search once from a random start; in l1 on request in wider balls first."""
+    def search(self, oracle: Oracle, rows: Tensor, aim: Goal, threat: Lp, streams: Streams) -> None:
+        """Search once from a random start; in l1 on request in wider balls first.
+
+        Args:
+            oracle: answers questions, and keeps what is found.
+            rows: int64 (n,) rows of the batch, which can pay for a step.
+            aim: what the loss heads for, one label a row.
+            threat: the threat of these rows.
+            streams: the random streams of these rows.
+        """
         stages = self._stages(threat)
         x, points = oracle.x[rows], _random_start(_widened(threat, stages[0][0]), oracle.x[rows], streams)
         for factor, steps in stages:
