@@ -211,7 +211,7 @@ class Oracle:
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Return the view's logits (n, K) at `points` and their pullback, for losses that only the caller knows.
 
-        The pullback maps weights (n, K) on the logits to their gradient (n, ...): one backward pass, once. `loss` says
+        The pullback maps weights (n, K) on the logits to their gradient (n, ...), a backward pass a call. `loss` says
         how good a candidate is that does not succeed. Costs as `gradient`; the graph of all points is alive at once.
 
         Raises:
@@ -229,7 +229,7 @@ class Oracle:
 
         def pull(weights: Tensor) -> Tensor:
             self.backwards[rows] += 1
-            return _input_gradient(graph, leaf, weights).nan_to_num(0.0, 0.0, 0.0)
+            return _input_gradient(graph, leaf, weights, retain_graph=True).nan_to_num(0.0, 0.0, 0.0)
 
         return logits, pull
 
@@ -416,11 +416,18 @@ class Oracle:
 
 
 def _input_gradient(
-    value: Tensor, leaf: Tensor, weights: Tensor | None = None, *, create_graph: bool = False
+    value: Tensor,
+    leaf: Tensor,
+    weights: Tensor | None = None,
+    *,
+    retain_graph: bool = False,
+    create_graph: bool = False,
 ) -> Tensor:
     """Return the gradient of the (weighted) sum of `value`; zeros where it does not depend on the input at all."""
     if not value.requires_grad:
         return torch.zeros_like(leaf)
     total = value.sum() if weights is None else value
-    (slope,) = torch.autograd.grad(total, leaf, weights, allow_unused=True, create_graph=create_graph)
+    (slope,) = torch.autograd.grad(
+        total, leaf, weights, allow_unused=True, retain_graph=retain_graph or create_graph, create_graph=create_graph
+    )
     return torch.zeros_like(leaf) if slope is None else slope

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -226,6 +227,31 @@ def test_a_bigger_budget_of_the_threat_never_hurts(attack, threat, net, images, 
     )
     assert large >= small
     assert large > 1
+
+
+@every_case
+def test_more_queries_never_hurt(attack, threat, net, images, y):
+    """A budget cuts a search short and changes nothing before: what a small one breaks, a larger one breaks too."""
+    if isinstance(attack, FoolboxAttack):
+        pytest.skip("foolbox ends where the budget does; ours continue as they began")
+    few, many = (
+        attack(net, images, y, threat, max_queries=budget, generator=generator()).success for budget in (30, 150)
+    )
+    assert (many | ~few).all()
+
+
+@every_case
+def test_more_restarts_never_hurt(attack, threat, net, images, y):
+    if not hasattr(attack, "restarts") or (hasattr(attack, "random_start") and not attack.random_start):
+        pytest.skip("no restarts")
+    budget = 100 if isinstance(attack, FoolboxAttack) else 300
+    one, three = (
+        dataclasses.replace(attack, restarts=restarts)(
+            net, images, y, threat, max_queries=budget, generator=generator()
+        ).success
+        for restarts in (1, 3)
+    )
+    assert (three | ~one).all()
 
 
 @pytest.mark.parametrize("loss", ["ce", "margin", "dlr"])
