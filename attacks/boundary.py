@@ -126,7 +126,8 @@ class Boundary(Attack):
         line = x - walk.points
         distance = _length(line)
         drawn = self.basis.decode(streams.normal(self.basis.size(shape), dtype=x.dtype), shape)
-        drawn = drawn - (drawn * line).sum(dim=(1, 2, 3), keepdim=True) / distance.square() * line
+        inwards = line / distance
+        drawn = drawn - (drawn * inwards).sum(dim=(1, 2, 3), keepdim=True) * inwards
         spherical, source = walk.spherical.reshape(-1, 1, 1, 1), walk.source.reshape(-1, 1, 1, 1)
         drawn = drawn * (spherical * distance / _length(drawn))
         sideways = (x + (drawn - line) / (1 + spherical.square()).sqrt()).clamp(*bounds)

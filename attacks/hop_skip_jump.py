@@ -151,7 +151,7 @@ def _normal(
             asked = first + torch.arange(stack * BLOCK, device=rows.device) < counts[part].unsqueeze(1)
             asked = asked[:, : int(asked.sum(dim=1).max())]
             drawn = _directions(points[part], asked, noise, streams.take(part))
-            reach = radius[part].reshape(-1, 1, 1, 1, 1)
+            reach = radius[part].clamp_min(torch.finfo(radius.dtype).tiny).reshape(-1, 1, 1, 1, 1)
             probes = (points[part].unsqueeze(1) + reach * drawn).clamp(*oracle.threat.bounds)
             fooled = torch.zeros_like(asked)
             fooled[asked] = fools(oracle, probes[asked], rows[part].repeat_interleave(asked.sum(dim=1)))

@@ -129,6 +129,20 @@ def test_steps_and_convergence_end_it(net, images):
     assert lost.forwards.max() < 5000
 
 
+def test_samples_wrong_from_the_start_walk_on_without_harm(net, images):
+    """With stop="never" they are not done: the walk ends beside the clean image, at a distance of next to nothing."""
+    x = images.float()
+    net = net.float()
+    y = (predict(net, x) + 1) % 4
+    fed = []
+    net.register_forward_hook(lambda _, args, logits: fed.append(args[0].isfinite().all().item()))
+    for eps in (0.5, None):
+        result = Boundary()(net, x, y, Lp("l2", eps), max_queries=600, stop="never", generator=generator())
+        assert result.success.all()
+        assert (result.distance == 0).all()
+    assert all(fed)
+
+
 def test_bad_settings_say_what_is_wrong(net, images):
     for build, message in [
         (lambda: Boundary(steps=0), "steps must be a whole number"),

@@ -138,6 +138,20 @@ def test_bisection_ends_beside_the_boundary_on_its_far_side(linear, images):
     assert (predict(net, beyond) == goal.labels).all()
 
 
+def test_samples_wrong_from_the_start_walk_on_without_harm(net, images):
+    """With stop="never" they are not done: the walk ends beside the clean image, at a distance of next to nothing."""
+    x = images.float()
+    net = net.float()
+    y = (predict(net, x) + 1) % 4
+    fed = []
+    net.register_forward_hook(lambda _, args, logits: fed.append(args[0].isfinite().all().item()))
+    for eps in (0.5, None):
+        result = HopSkipJump()(net, x, y, Lp("l2", eps), max_queries=600, stop="never", generator=generator())
+        assert result.success.all()
+        assert (result.distance == 0).all()
+    assert all(fed)
+
+
 def test_bad_settings_say_what_is_wrong(net, images):
     for build, message in [
         (lambda: HopSkipJump(iterations=0), "iterations must be a whole number"),
