@@ -99,11 +99,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=50, help="images that each net gets right")
     parser.add_argument("--budget", type=int, default=2000, help="forward passes a sample")
     parser.add_argument("--nets", nargs="*", default=["mnist/standard", "cifar/resnet2b_at"], choices=list(THREATS))
+    parser.add_argument("--families", nargs="*", default=["NES", "strategies", "Boundary"], help="what to compare")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for subject in subjects(options.images):
         for threat in THREATS[subject.name] if subject.name in options.nets else []:
             for family, lines in families(threat).items():
+                if family.split(",")[0] not in options.families:
+                    continue
                 print(f"\n{subject.name}, {threat.norm} {threat.size:.3g}, {options.budget} queries: {family}")
                 print(
                     f"  {'':24} {'falls':>6} {'median':>8} {'ratio':>7} {'+':>4} {'-':>4} {'p':>8} {'l2':>7} {'s':>6}"
