@@ -4,8 +4,8 @@ Threat: linf and l2 with a budget, l2 also without (as near as possible). Access
 Source: Guo, Gardner, You, Wilson and Weinberger 2019, "Simple Black-box Adversarial Attacks" (1905.07121); SimBA-DCT is
 `SimBA(basis=DCT(...))`, whose original keeps an eighth of the frequencies of 224-pixel images along each axis.
 Departures: steps are projected on the threat (the original has no budget but for queries); once a sample has gone
-through all directions it goes on with a new order of them; scores are compared by the cross-entropy in float64, which
-orders them as the probabilities do, and does not saturate.
+through all directions it goes on with a new order of them; probabilities are compared by their log-odds, which order
+them alike, and do not saturate.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from torch import Tensor
 from robustbench_lite.attacks.base import Attack
 from robustbench_lite.attacks.basis import Basis, Pixels
 from robustbench_lite.core.checks import parse_number
-from robustbench_lite.core.goals import Goal
-from robustbench_lite.core.losses import cross_entropy
+from robustbench_lite.core.goals import Goal, Targeted
 from robustbench_lite.core.oracle import Access, Oracle
 from robustbench_lite.core.rng import Streams
 from robustbench_lite.core.threats import Lp, Threat
@@ -71,7 +70,7 @@ class SimBA(Attack):
         rows = oracle.standing(1 + oracle.scores_cost)
         if len(rows) == 0:
             return oracle.best
-        points, value = x[rows], _loss(oracle.scores(x[rows], rows, candidate=False), goal.take(rows))
+        points, value = x[rows], _log_odds(oracle.scores(x[rows], rows, candidate=False), goal.take(rows))
         turn = torch.zeros_like(rows)  # directions that are behind
         up = torch.zeros_like(rows, dtype=torch.bool)  # the step down has failed
         order = directions.shuffle(streams.take(rows))
@@ -85,7 +84,7 @@ class SimBA(Attack):
             length = torch.where(up, 1, -1) * parse_number(self.step)
             moved = points + length.to(x.dtype).reshape(-1, 1, 1, 1) * directions(_at(order, turn))
             moved = moved.clamp(*threat.bounds) if threat.eps is None else threat.take(rows).project(moved, x[rows])
-            new = _loss(oracle.scores(moved, rows, cross_entropy), goal.take(rows))
+            new = _log_odds(oracle.scores(moved, rows, _log_odds), goal.take(rows))
             better = new > value
             points = torch.where(better.reshape(-1, 1, 1, 1), moved, points)
             value, turn, up = torch.where(better, new, value), turn + (better | up), ~(better | up)
@@ -125,5 +124,9 @@ def _at(order: Tensor, turn: Tensor) -> Tensor:
     return order.gather(1, turn.unsqueeze(1)).squeeze(1).long()
 
 
-def _loss(logits: Tensor, goal: Goal) -> Tensor:
-    return cross_entropy(logits.double(), goal).nan_to_num(nan=-torch.inf)
+def _log_odds(logits: Tensor, goal: Goal) -> Tensor:
+    """Return float64 (n,): log((1 - p) / p), p the probability of the true class; for a target log(p / (1 - p))."""
+    column = goal.labels.unsqueeze(1)
+    chosen = logits.double().gather(1, column).squeeze(1)
+    odds = logits.double().scatter(1, column, -torch.inf).logsumexp(dim=1) - chosen
+    return (-odds if isinstance(goal, Targeted) else odds).nan_to_num(nan=-torch.inf)
