@@ -53,7 +53,7 @@ class Purse:
 def fools(oracle: Oracle, points: Tensor, rows: Tensor) -> Tensor:
     """Say which probes reach the goal, bool (n,): one query each. A row may come several times."""
     answers = oracle.labels(points, rows, candidate=False)
-    return oracle.goal.take(rows).achieved(answers, oracle._rejects)
+    return oracle.goal.take(rows).achieved(answers, oracle.rejects)
 
 
 def random_start(oracle: Oracle, purse: Purse, streams: Streams, draws: int) -> tuple[Tensor, Tensor]:

@@ -98,6 +98,7 @@ class Attack(ABC):
         self._check(x, goal, threat, max_queries, stop, indices)
         names = torch.arange(len(x)) if indices is None else indices
         x = x.detach()
+        threat = threat.around(x)
         streams = Streams.from_generator(generator, names, x.device)
         access, budget = self.access, memory_budget
         with Oracle(

@@ -21,8 +21,11 @@ from robustbench_lite.core.losses import Loss
 from robustbench_lite.core.oracle import Access, Oracle
 from robustbench_lite.core.rng import Streams
 from robustbench_lite.core.threats import Lp, Threat
+from robustbench_lite.core.weighted import WeightedLp
 
 __all__ = ["Ascent", "Autograd", "Estimator", "IterativeAttack", "supports_steps"]
+
+Ball = Lp | WeightedLp
 
 
 class Estimator(Protocol):
@@ -62,7 +65,7 @@ class Autograd:
 
 def supports_steps(threat: Threat) -> bool:
     """Say whether the threat has a steepest direction and a budget: an linf, l2 or l1 ball with an eps."""
-    return isinstance(threat, Lp) and threat.norm in ("linf", "l2", "l1") and threat.eps is not None
+    return isinstance(threat, (Lp, WeightedLp)) and threat.norm in ("linf", "l2", "l1") and threat.eps is not None
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class Ascent:
         if not self.momentum >= 0:
             raise ValueError(f"momentum must be >= 0, got {self.momentum}")
 
-    def search(self, oracle: Oracle, threat: Lp, streams: Streams) -> None:
+    def search(self, oracle: Oracle, threat: Ball, streams: Streams) -> None:
         """Run `restarts` ascents; the oracle keeps what is found. `streams` are those of the whole batch."""
         for _ in range(self.restarts):
             rows = oracle.standing(self.estimator.cost(oracle))
@@ -123,7 +126,7 @@ class Ascent:
                 streams,
             )
 
-    def __call__(self, oracle: Oracle, threat: Lp, rows: Tensor, points: Tensor, streams: Streams) -> None:
+    def __call__(self, oracle: Oracle, threat: Ball, rows: Tensor, points: Tensor, streams: Streams) -> None:
         """Ascend from `points` (n, C, H, W) for `rows` of the batch; the oracle keeps what is found.
 
         Samples that have fallen, or cannot pay, leave on the way. `streams` are those of the whole batch.
@@ -154,7 +157,7 @@ class Ascent:
         return unit if velocity is None else self.momentum * velocity + unit
 
     @torch.no_grad()
-    def _step(self, threat: Lp, points: Tensor, gradient: Tensor) -> Tensor:
+    def _step(self, threat: Ball, points: Tensor, gradient: Tensor) -> Tensor:
         direction = threat.steepest(gradient, self.density, at=points)
         length = self.path / self.steps * threat.radius(points) if self.step_size is None else self._fixed(points)
         return torch.addcmul(points, direction, length)
@@ -185,5 +188,5 @@ class IterativeAttack(Attack):
 
     def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
         """Run the ascent, with its restarts, on the samples that still stand."""
-        self.ascent().search(oracle, cast(Lp, threat), streams)
+        self.ascent().search(oracle, cast(Ball, threat), streams)
         return oracle.best

@@ -81,6 +81,7 @@ class Oracle:
         backwards: int64 (B,) backward passes spent on each sample.
         found: the best point of each sample, and which samples have fallen.
         stochastic: whether the model declares that two calls may differ.
+        rejects: whether the model declares that it may refuse an input, which is no success.
         verdict: bool (n,) which candidates of the last question fooled the deployed model, inside the threat or not.
     """
 
@@ -109,7 +110,7 @@ class Oracle:
         # One pass serves loss, success and gradient.
         self._one_pass = self._screens or (self._view is model and self._own_predict is None)
         self._view_cost = int(getattr(self._view, "cost", 1))
-        self.stochastic, self._rejects = is_stochastic(model), rejects(model)
+        self.stochastic, self.rejects = is_stochastic(model), rejects(model)
         self._memory = Memory(memory_budget, x, watch=not hasattr(model, "_orig_mod"))
         self._labels_checked = False
         self._context = ExitStack()
@@ -228,7 +229,7 @@ class Oracle:
             self._offer(points, rows, loss(logits, self.goal.take(rows)), logits if self._one_pass else None)
 
         def pull(weights: Tensor) -> Tensor:
-            self.backwards[rows] += 1
+            self.backwards.index_add_(0, rows, torch.ones_like(rows))
             return _input_gradient(graph, leaf, weights, retain_graph=True).nan_to_num(0.0, 0.0, 0.0)
 
         return logits, pull
@@ -329,7 +330,7 @@ class Oracle:
         if not self._screens or logits is None:
             labels = self._predict(points, rows) if logits is None else labels_of(logits)
             return self._judge(points, rows, labels, value)
-        apparent = self.goal.take(rows).achieved(labels_of(logits), self._rejects)
+        apparent = self.goal.take(rows).achieved(labels_of(logits), self.rejects)
         return self._record(
             points,
             rows,
@@ -338,7 +339,7 @@ class Oracle:
         )
 
     def _judge(self, points: Tensor, rows: Tensor, labels: Tensor, value: Tensor) -> None:
-        success = self.goal.take(rows).achieved(labels, self._rejects)
+        success = self.goal.take(rows).achieved(labels, self.rejects)
         if self.stochastic:
             success = self._confirm(points, rows, success, draws=MAJORITY_DRAWS)
         self._record(points, rows, success, value)
@@ -356,7 +357,7 @@ class Oracle:
             return confirmed
         self._pay(rows[lucky], draws)
         goal = self.goal.take(rows[lucky])
-        votes = [goal.achieved(self._predict(points[lucky], rows[lucky]), self._rejects) for _ in range(draws)]
+        votes = [goal.achieved(self._predict(points[lucky], rows[lucky]), self.rejects) for _ in range(draws)]
         confirmed[lucky] = torch.stack(votes).sum(dim=0) > draws // 2
         return confirmed
 
@@ -404,15 +405,17 @@ class Oracle:
             raise AccessDeniedError(f"this needs {access.name} access, but the attack declared {self.access.name}")
 
     def _pay(self, rows: Tensor, forwards: int, backwards: int = 0) -> None:
+        spent = self.forwards.index_add(0, rows, torch.full_like(rows, forwards))  # a row may come several times
         if self.max_queries is not None:
-            short = rows[self.forwards[rows] + forwards > self.max_queries]
+            short = rows[spent[rows] > self.max_queries]
             if len(short):
                 raise OutOfBudgetError(
-                    f"samples {short.tolist()} cannot pay {forwards} more forward passes within max_queries = "
+                    f"samples {sorted(set(short.tolist()))} cannot pay {forwards} more forward passes within max_queries = "
                     f"{self.max_queries}: ask still() or standing() first"
                 )
-        self.forwards[rows] += forwards
-        self.backwards[rows] += backwards
+        self.forwards.copy_(spent)
+        if backwards:
+            self.backwards.index_add_(0, rows, torch.full_like(rows, backwards))
 
 
 def _input_gradient(

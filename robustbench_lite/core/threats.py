@@ -53,6 +53,10 @@ class Threat(ABC):
     def take(self, keep: Tensor) -> Self:
         """Return the threat of these rows (it differs where the budget is given for each sample)."""
 
+    def around(self, x: Tensor) -> Self:
+        """Return this threat with what it has to reckon once about the clean images `x`; an attack begins with it."""
+        return self
+
     @abstractmethod
     def apply(self, x: Tensor, point: Tensor) -> Tensor:
         """Return the images (B, C, H, W) that points stand for."""

@@ -18,6 +18,7 @@ from robustbench_lite.core.goals import Targeted
 from robustbench_lite.core.models import predict
 from robustbench_lite.core.spatial import Deformation, RotationTranslation
 from robustbench_lite.core.threats import Lp
+from robustbench_lite.core.weighted import WeightedLp
 
 CONFIGS = sorted((Path(__file__).parents[2] / "conf" / "attack").glob("*.yaml"))
 THREATS = [
@@ -29,6 +30,7 @@ THREATS = [
     Deformation(1.5),
     Lp("l2", None),
     Lp("linf", None),
+    WeightedLp("l1", 12.0),
 ]
 
 

@@ -87,6 +87,16 @@ def test_budget_is_never_exceeded_and_nothing_is_asked_beyond_it(net, images):
     assert o.forwards.max() == 2
 
 
+def test_a_row_that_comes_twice_pays_twice(net, images):
+    probes = images[[0, 0, 1]]
+    with oracle(net, images, max_queries=2) as o:
+        o.scores(probes, rows(0, 0, 1), candidate=False)
+        assert o.forwards[:3].tolist() == [2, 1, 0]
+        with pytest.raises(OutOfBudgetError, match=r"samples \[1\]"):
+            o.scores(probes[:2], rows(1, 1), candidate=False)
+    assert o.forwards[:3].tolist() == [2, 1, 0]
+
+
 def test_chunks_change_nothing_but_the_size_of_a_batch(net, images):
     sizes = []
     net.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
