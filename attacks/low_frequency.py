@@ -5,7 +5,8 @@ Source: Guo, Frank and Weinberger 2018, "Low Frequency Adversarial Perturbation"
 The basis is a part that any of these attacks takes, `NES(basis=DCT(0.25))`; these names only set its default.
 Departure: half of the frequencies along each axis, for 28- and 32-pixel images; the original searches the share, from
 1/32 at 224 pixels. Too small a share costs successes, and the gain depends on the net: `benchmarks/low_frequency.py`
-halves NES's queries on an undefended MNIST net at 4/7, and sees no gain on a CIFAR-10 net trained with PGD.
+halves the queries of NES on an undefended MNIST net at 4/7, and sees no gain on an undefended CIFAR-10 net nor on one
+trained with PGD.
 """
 
 from __future__ import annotations
