@@ -52,8 +52,9 @@ class APGD(Attack):
         target_classes: how many of these classes; fewer where there are not as many.
         rho: share of the steps between two checkpoints that must raise the loss, or the step size is halved.
         eot: gradients averaged at each iterate, for randomised models.
-        wide_start: l1 only: spend 30 % of the steps in the ball of 3 eps, 30 % in that of 2 eps, and the rest in the
-            ball itself, each search from the best point of the one before.
+        wide_start: spend 30 % of the steps in the ball of 3 eps, 30 % in that of 2 eps, and the rest in the ball,
+            each search from the best point of the one before. The original's for l1; elsewhere it is one more way in,
+            where gradients near the clean image mislead.
 
     Raises:
         ValueError: a hyper-parameter out of range.
@@ -81,7 +82,7 @@ class APGD(Attack):
 
     def supports(self, threat: Threat) -> bool:
         """Say whether the threat is an linf, l2 or l1 ball with a budget."""
-        return supports_steps(threat)
+        return isinstance(threat, Lp) and supports_steps(threat)
 
     def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
         """Run `restarts` searches for each aim, each on the samples that still stand."""
@@ -108,7 +109,7 @@ class APGD(Attack):
                 yield Towards(goal.labels, goal.labels.index_copy(0, rows, target))
 
     def search(self, oracle: Oracle, rows: Tensor, aim: Goal, threat: Lp, streams: Streams) -> None:
-        """Search once from a random start; in l1 on request in wider balls first.
+        """Search once from a random start; on request in wider balls first.
 
         Args:
             oracle: answers questions, and keeps what is found.
@@ -117,10 +118,11 @@ class APGD(Attack):
             threat: the threat of these rows.
             streams: the random streams of these rows.
         """
-        stages = self._stages(threat)
-        x, points = oracle.x[rows], _random_start(_widened(threat, stages[0][0]), oracle.x[rows], streams)
+        stages = self._stages()
+        x = oracle.x[rows]
+        points = _random_start(_widened(threat, stages[0][0], x), x, streams)
         for factor, steps in stages:
-            ball = _widened(threat, factor)
+            ball = _widened(threat, factor, x)
             points = ball.project(points, x)
             rule = rule_for(ball, x, points, steps, self.rho, resumed=len(stages) > 1)
             climb = Climb(oracle, rows, aim, points, rule, self._loss(), self.eot, candidate=factor == 1)
@@ -128,16 +130,21 @@ class APGD(Attack):
             keep, points = torch.isin(rows, climb.rows).nonzero().flatten(), climb.best
             rows, aim, threat, x = climb.rows, climb.aim, threat.take(keep), x[keep]
 
-    def _stages(self, threat: Lp) -> list[tuple[int, int]]:
+    def _stages(self) -> list[tuple[int, int]]:
         """Return radii, as multiples of eps, and the steps to spend in each."""
-        if threat.norm != "l1" or not self.wide_start:
+        if not self.wide_start:
             return [(1, self.steps)]
         wide = [(factor, math.ceil(share * self.steps)) for factor, share in WIDE]
         return [*wide, (1, max(self.steps - sum(steps for _, steps in wide), 1))]
 
 
-def _widened(threat: Lp, factor: int) -> Lp:
-    return threat if factor == 1 or threat.eps is None else replace(threat, eps=factor * threat.eps)
+def _widened(threat: Lp, factor: int, x: Tensor) -> Lp:
+    """Return the threat with `factor` times the radius; in linf at most the whole image range."""
+    if factor == 1:
+        return threat
+    radius = (factor * threat.radius(x)).flatten().expand(len(x))
+    span = threat.bounds[1] - threat.bounds[0]
+    return replace(threat, eps=radius.clamp_max(span) if threat.norm == "linf" else radius)
 
 
 def _random_start(threat: Lp, x: Tensor, streams: Streams) -> Tensor:

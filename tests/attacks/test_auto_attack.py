@@ -1,0 +1,128 @@
+"""AutoAttack as the union of its parts, and the quick schedule: targets ranked by distance, effort where it pays."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from robustbench_lite.attacks import APGD, AutoAttack, QuickAutoAttack
+from robustbench_lite.core.goals import Targeted, Untargeted
+from robustbench_lite.core.models import predict
+from robustbench_lite.core.oracle import Oracle
+from robustbench_lite.core.threats import Lp
+from tests.conftest import tiny_net
+
+BALLS = [Lp("linf", 0.06), Lp("l2", 0.25), Lp("l1", 0.8)]
+every_ball = pytest.mark.parametrize("threat", BALLS, ids=lambda threat: threat.norm)
+BUDGET = 700
+
+
+@every_ball
+def test_the_ensemble_is_its_parts_one_after_the_other(threat, net, images):
+    """With `stop="success"` a part only adds to what the ones before found, and each pays for who still stands."""
+    y = predict(net, images)
+    whole = AutoAttack()(net, images, y, threat, max_queries=BUDGET)
+    first = AutoAttack().parts(threat)[0](net, images, y, threat, max_queries=BUDGET)
+    assert whole.success[first.success].all()
+    assert 0 < whole.success.sum() < len(images)
+    assert (whole.forwards[~whole.success] > first.forwards[~whole.success]).all()
+    assert threat.contains(whole.x_adv, images).all()
+
+
+def test_the_published_budgets():
+    parts = AutoAttack().parts(Lp("linf", 0.1))
+    assert [type(part).__name__ for part in parts] == ["APGD", "APGD", "FABT", "Square"]
+    assert [getattr(part, "steps", None) for part in parts] == [100, 100, 100, None]
+    assert (parts[1].target_classes, parts[2].target_classes, parts[3].queries) == (9, 9, 5000)
+    sparse = AutoAttack().parts(Lp("l1", 1.0))
+    assert (sparse[0].restarts, sparse[1].target_classes) == (5, 5)
+    assert sparse[0].wide_start
+    assert [part.eot for part in AutoAttack("rand").parts(Lp("l2", 1.0))] == [20, 20]
+    with pytest.raises(ValueError, match="did you mean 'standard'"):
+        AutoAttack("standart")
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4])
+@pytest.mark.parametrize("attack", [AutoAttack(), QuickAutoAttack()], ids=["auto", "quick"])
+def test_few_classes(classes, attack, images):
+    net = tiny_net(seed=3, classes=classes)
+    y = predict(net, images)
+    result = attack(net, images, y, Lp("linf", 0.3), max_queries=BUDGET)
+    assert result.success.sum() >= 10
+    assert torch.equal(predict(net, result.x_adv) != y, result.success)
+
+
+@every_ball
+def test_quick_finds_what_long_runs_towards_every_class_find(threat, images):
+    for seed in range(2):
+        net = tiny_net(seed=seed)
+        y = predict(net, images)
+        quick = QuickAutoAttack(queries=50)(net, images, y, threat)
+        long = APGD(loss="dlr_targeted", restarts=2)(net, images, y, threat)
+        assert (quick.success >= long.success).all()
+
+
+@every_ball
+def test_targets_are_ranked_by_their_distance_on_a_linear_model(threat):
+    """There the estimate is exact: |z_y - z_t| / ||w_y - w_t||_dual."""
+    g = torch.Generator().manual_seed(2)
+    weight = torch.randn(5, 16, generator=g, dtype=torch.float64) * torch.rand(5, 1, generator=g, dtype=torch.float64)
+    x = torch.rand(8, 1, 4, 4, generator=g, dtype=torch.float64)
+
+    def model(x):
+        return x.flatten(1) @ weight.T
+
+    y, logits = predict(model, x), model(x)
+    with Oracle(model, x, Untargeted(y), threat) as oracle:
+        clean, aims = QuickAutoAttack()._aims(oracle, x, Untargeted(y), threat)
+        assert (oracle.forwards == 1 + 4).all()
+    order = {"linf": 1, "l2": 2, "l1": float("inf")}[threat.norm]
+    for i in range(len(x)):
+        distance = {
+            t: ((logits[i, y[i]] - logits[i, t]) / torch.linalg.vector_norm(weight[y[i]] - weight[t], ord=order)).item()
+            for t in range(5)
+            if t != y[i]
+        }
+        assert [aim.targets[i].item() for aim in aims] == sorted(distance, key=distance.__getitem__)
+    assert torch.allclose(-clean, logits.topk(2, dim=1).values.diff(dim=1).abs().flatten())
+
+
+def test_only_samples_that_came_close_go_on(net, images):
+    y, threat = predict(net, images), Lp("linf", 0.02)
+    hasty = QuickAutoAttack(close=0, rounds=3, queries=9)(net, images, y, threat)
+    thorough = QuickAutoAttack(close=1, rounds=3, queries=9)(net, images, y, threat)
+    stand = ~thorough.success
+    assert stand.sum() >= 5
+    first_round, later_round = 25 * 4, 25 * 5  # two or three targets, and the cross-entropy from near and from afar
+    assert (hasty.backwards[stand] == 3 + first_round).all()
+    assert (thorough.backwards[stand] == 3 + first_round + 3 * later_round).all()
+
+
+def test_a_targeted_goal_needs_no_ranking(net, images):
+    target = (predict(net, images) + 1) % 4
+    result = QuickAutoAttack()(net, images, Targeted(target), Lp("linf", 0.4), max_queries=BUDGET)
+    assert result.success.sum() >= 6
+    assert torch.equal(predict(net, result.x_adv) == target, result.success)
+
+
+def test_bad_settings_say_what_is_wrong():
+    for options, message in [
+        ({"steps": 0}, "steps must be a whole number"),
+        ({"rounds": -1}, "rounds must be a whole number"),
+        ({"close": -0.1}, "close must be at least 0"),
+        ({"queries": 0}, "queries must be"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            QuickAutoAttack(**options)
+
+
+@pytest.mark.slow
+def test_quick_agrees_with_the_ensemble_on_an_adversarially_trained_net(shared_data):
+    from robustbench_lite.data import load_data
+    from robustbench_lite.zoo import load_defense
+
+    data, net = load_data("mnist", data_dir=shared_data), load_defense("mnist/pgd_at_0.3")
+    x, y, threat = data.images[:24], data.labels[:24], Lp("linf", 0.3)
+    whole, quick = (attack(net, x, y, threat, max_queries=1500).success for attack in (AutoAttack(), QuickAutoAttack()))
+    assert 1 <= whole.sum() < 24
+    assert abs(int(whole.sum()) - int(quick.sum())) <= 1
