@@ -46,7 +46,9 @@ class Row:
     images: int = 1 << 30
 
 
-def attack(method: Attack, threat: Callable[[Subject], Threat] = lambda s: Lp("linf", s.eps)) -> Callable[[Subject], Found]:
+def attack(
+    method: Attack, threat: Callable[[Subject], Threat] = lambda s: Lp("linf", s.eps)
+) -> Callable[[Subject], Found]:
     """Return a run of one of our attacks that gives the images it ends with."""
     return lambda s: method(s.model, s.x, s.y, threat(s)).x_adv
 
@@ -113,7 +115,15 @@ def compare(row: Row, s: Subject, peer: str, repeat: int, device: str) -> list[s
     only, missed = int((own & ~other).sum()), int((other & ~own).sum())
     p = binomtest(only, only + missed).pvalue if only + missed else 1.0
     stand = [f"{100 * (1 - f.double().mean().item()):.1f}" for f in (own, other)]
-    return [row.name, s.name, peer, f"{statistics.median(ratios):.2f}", f"{statistics.median(ms):.0f}", *stand, f"{p:.2g}"]
+    return [
+        row.name,
+        s.name,
+        peer,
+        f"{statistics.median(ratios):.2f}",
+        f"{statistics.median(ms):.0f}",
+        *stand,
+        f"{p:.2g}",
+    ]
 
 
 def main() -> None:
@@ -127,7 +137,7 @@ def main() -> None:
     options = parser.parse_args()
     table = Table("work", "net", "peer", "peer / ours", "ours (ms)", "stand (ours)", "stand (peer)", "p")
     nets = [s for s in subjects(options.images, options.device) if options.nets in s.name]
-    console = Console(width=150)
+    console = Console(width=140)
     for row in (ROWS[name] for name in options.rows.split(",")):
         for s in filter(row.wanted, nets):
             part = replace(s, x=s.x[: row.images], y=s.y[: row.images])

@@ -1,4 +1,4 @@
-"""The same work by other libraries, as they recommend it: each gives the images it ends with, or bool (N,) successes."""
+"""The same work by other libraries, as they recommend it: each gives the images it ends with, or bool (N,)."""
 
 from __future__ import annotations
 
