@@ -54,7 +54,7 @@ class QuickAutoAttack(Attack):
     steps: int = 25
     targets: int = 2
     close: float = 0.2
-    rounds: int = 8
+    rounds: int = 4
     queries: int = 2000
     candidates: int = 9
 
