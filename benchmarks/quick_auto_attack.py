@@ -18,64 +18,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from nets import resnet2b
 from torch import Tensor, nn
 
 from robustbench_lite.attacks import Attack, AutoAttack, QuickAutoAttack
 from robustbench_lite.core.models import frozen
 from robustbench_lite.core.threats import Lp
 from robustbench_lite.data import load_data
+from robustbench_lite.models import Normalize
 from robustbench_lite.zoo import load_defense
 
 Case = tuple[str, nn.Module, str, Lp]
 PEER_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
-
-
-class Normalised(nn.Module):
-    """A net behind the normalisation that it was trained with."""
-
-    def __init__(self, net: nn.Module, mean: list[float], std: list[float]) -> None:
-        super().__init__()
-        self.net = net
-        self.register_buffer("mean", torch.tensor(mean).reshape(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).reshape(1, -1, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] to logits."""
-        logits: Tensor = self.net((x - self.mean) / self.std)
-        return logits
-
-
-class Block(nn.Module):
-    """A residual block without batch normalisation."""
-
-    def __init__(self, channels: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, out, 3, stride=stride, padding=1)
-        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or channels != out:
-            self.shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride=stride))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Two convolutions around a shortcut."""
-        return F.relu(self.conv2(F.relu(self.conv1(x))) + self.shortcut(x))
-
-
-class ResNet2b(nn.Module):
-    """The small residual net of the verification competitions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 8, 3, stride=2, padding=1)
-        self.layer1 = nn.Sequential(Block(8, 16, 2), Block(16, 16, 1))
-        self.linear1, self.linear2 = nn.Linear(1024, 100), nn.Linear(100, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalised images (B, 3, 32, 32) to logits (B, 10)."""
-        features = self.layer1(F.relu(self.conv1(x))).flatten(1)
-        logits: Tensor = self.linear2(F.relu(self.linear1(features)))
-        return logits
 
 
 def small(channels: int, features: int) -> nn.Sequential:
@@ -92,30 +46,35 @@ def small(channels: int, features: int) -> nn.Sequential:
     )
 
 
-def weights(path: Path) -> dict[str, Tensor]:
-    """Weights of a net that others trained."""
-    state = torch.load(path, weights_only=True, map_location="cpu")
-    return dict(state.get("state_dict", state))
-
-
-def third_party(nets: Path) -> Iterator[Case]:
+def third_party(folder: Path) -> Iterator[Case]:
     """Nets that others trained, from the folder of shared data."""
-    for file, net, norm, eps in [
-        ("mnist_small_adv.pth", small(1, 1568), "linf", 0.3),
-        ("mnist_small_wong_kolter.pth", small(1, 1568), "linf", 0.1),
-        ("cifar_small_adv.pth", small(3, 2048), "linf", 2 / 255),
-        ("cifar_small_adv.pth", small(3, 2048), "l2", 0.25),
-        ("cifar_resnet2b.pth", ResNet2b(), "linf", 2 / 255),
+    for file, norm, eps in [
+        ("mnist_small_adv.pth", "linf", 0.3),
+        ("mnist_small_wong_kolter.pth", "linf", 0.1),
+        ("cifar_small_adv.pth", "linf", 2 / 255),
+        ("cifar_small_adv.pth", "l2", 0.25),
+        ("cifar_resnet2b.pth", "linf", 2 / 255),
     ]:
-        if not (nets / file).exists():
+        if not (folder / file).exists():
             print(f"left out: {file}, which is not in RBL_DATA/nets")
             continue
-        net.load_state_dict(weights(nets / file))
-        if file == "cifar_small_adv.pth":
-            net = Normalised(net, [125.3 / 255, 123 / 255, 113.9 / 255], [63 / 255, 62.1 / 255, 66.7 / 255])
-        if file == "cifar_resnet2b.pth":
-            net = Normalised(net, [0.4914, 0.4822, 0.4465], [0.2471, 0.2435, 0.2616])
-        yield file.removesuffix(".pth"), net, "cifar10" if "cifar" in file else "mnist", Lp(norm, eps)
+        yield (
+            file.removesuffix(".pth"),
+            published(folder / file),
+            "cifar10" if "cifar" in file else "mnist",
+            Lp(norm, eps),
+        )
+
+
+def published(path: Path) -> nn.Module:
+    """One of these nets, behind the normalisation that it was trained with."""
+    if path.name == "cifar_resnet2b.pth":
+        return resnet2b()
+    net = small(3, 2048) if path.name == "cifar_small_adv.pth" else small(1, 1568)
+    net.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+    if path.name != "cifar_small_adv.pth":
+        return net
+    return nn.Sequential(Normalize([125.3 / 255, 123 / 255, 113.9 / 255], [63 / 255, 62.1 / 255, 66.7 / 255]), net)
 
 
 def cases(folder: Path) -> Iterator[Case]:
