@@ -159,11 +159,12 @@ class Ascent:
     @torch.no_grad()
     def _step(self, threat: Ball, points: Tensor, gradient: Tensor) -> Tensor:
         direction = threat.steepest(gradient, self.density, at=points)
-        length = self.path / self.steps * threat.radius(points) if self.step_size is None else self._fixed(points)
-        return torch.addcmul(points, direction, length)
-
-    def _fixed(self, points: Tensor) -> Tensor:
-        return torch.as_tensor(parse_number(cast(float, self.step_size)), dtype=points.dtype, device=points.device)
+        if self.step_size is not None:
+            return torch.add(points, direction, alpha=parse_number(self.step_size))
+        share = self.path / self.steps
+        if isinstance(threat.eps, Tensor):
+            return torch.addcmul(points, direction, share * threat.radius(points))
+        return torch.add(points, direction, alpha=share * float(cast(float, threat.eps)))
 
 
 @dataclass(frozen=True)

@@ -78,24 +78,24 @@ if find_spec("torchattacks"):
 if find_spec("pyautoattack"):
     from pyautoattack import AutoAttack
 
-    def _pyautoattack(s: Subject, *attacks: str) -> AutoAttack:
-        kind = {"version": "custom", "attacks_to_run": list(attacks)} if attacks else {"version": "standard"}
-        return AutoAttack(s.model, norm="Linf", eps=s.eps, seed=0, verbose=False, device=str(s.x.device), **kind)
+    def _pyautoattack(s: Subject, *attacks: str, queries: int | None = None) -> Found:
+        kind = {"version": "custom", "attacks": list(attacks)} if attacks else {"version": "standard"}
+        judge = AutoAttack(s.model, norm="Linf", eps=s.eps, seed=0, device=s.x.device, **kind)
+        judge.apgd.n_restarts = 1
+        judge.square.n_queries = queries or judge.square.n_queries
+        return judge.run_standard_evaluation(s.x, s.y, batch_size=len(s.x))[0]
 
     def pyautoattack_apgd(s: Subject) -> Found:
-        """APGD with 100 steps on the cross-entropy."""
-        runner = _pyautoattack(s, "apgd-ce")
-        return runner.run_standard_evaluation(s.x, s.y, bs=len(s.x))
+        """APGD with 100 steps on the cross-entropy, one run."""
+        return _pyautoattack(s, "apgd-ce")
 
     def pyautoattack_square(s: Subject) -> Found:
         """Square with 1,000 queries."""
-        runner = _pyautoattack(s, "square")
-        runner.square.n_queries = 1000
-        return runner.run_standard_evaluation(s.x, s.y, bs=len(s.x))
+        return _pyautoattack(s, "square", queries=1000)
 
     def pyautoattack_standard(s: Subject) -> Found:
         """The standard ensemble."""
-        return _pyautoattack(s).run_standard_evaluation(s.x, s.y, bs=len(s.x))
+        return _pyautoattack(s)
 
     PEERS |= {
         "pyautoattack apgd": pyautoattack_apgd,

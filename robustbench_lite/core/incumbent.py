@@ -40,22 +40,42 @@ class Incumbent:
 
         Points outside the threat are ignored, whatever they achieve.
         """
-        x, threat = self._part(rows)
-        feasible = threat.contains(points, x)
-        success = success & feasible
         merit = value.double().nan_to_num(nan=-torch.inf)
         if self._minimise:
+            x, threat = self._part(rows)
             merit = torch.where(success, -threat.distance(points, x), merit)
-        held, fallen = self._merit[rows], self.fallen[rows]
-        tied = (merit == held) & (merit > torch.finfo(merit.dtype).min)  # below that no loss is known: the first stays
-        better = (success & ~fallen) | ((success == fallen) & ((merit > held) | tied))
-        better &= feasible & ~self.done[rows]
+        wanted = self._wanted(rows, success, merit)
+        if points.device.type == "cpu":  # a closer look at those alone that may be kept
+            chosen = wanted.nonzero().flatten()
+            if len(chosen) == 0:
+                return
+            if len(chosen) < len(rows) // 2:
+                points, rows, success, merit, spent, wanted = (
+                    part.index_select(0, chosen) for part in (points, rows, success, merit, spent, wanted)
+                )
+        self._take(points, rows, success, merit, spent, wanted)
+
+    def _wanted(self, rows: Tensor, success: Tensor, merit: Tensor) -> Tensor:
+        """Return bool (n,): which points would be kept if they lie in the threat."""
+        held = self._merit[rows]
+        # Below that no loss is known: the first stays.
+        wins = (merit > held) | ((merit == held) & (merit > torch.finfo(merit.dtype).min))
+        return torch.where(success == self.fallen[rows], wins, success) & ~self.done[rows]
+
+    def _take(
+        self, points: Tensor, rows: Tensor, success: Tensor, merit: Tensor, spent: Tensor, wanted: Tensor
+    ) -> None:
+        """Keep what lies in the threat of the points that are wanted."""
+        x, threat = self._part(rows)
+        better = wanted & threat.contains(points, x)
+        won = success & better
         self._keep(points, rows, better)
-        self._merit[rows] = torch.where(better, merit, held)
+        merit = torch.where(better, merit, self._merit[rows])
+        self._merit[rows] = merit
         first = self.first_success[rows]
-        self.first_success[rows] = torch.where(success & (first < 0), spent, first)
-        self.fallen[rows] = fallen | success
-        finished = self._merit[rows] == 0 if self._minimise else torch.full_like(success, self._keep_first)
+        self.first_success[rows] = torch.where(won & (first < 0), spent, first)
+        self.fallen[rows] |= won
+        finished = merit == 0 if self._minimise else torch.full_like(success, self._keep_first)
         self.done[rows] |= self.fallen[rows] & finished
 
     def _part(self, rows: Tensor) -> tuple[Tensor, Threat]:

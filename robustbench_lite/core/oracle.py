@@ -410,8 +410,8 @@ class Oracle:
             short = rows[spent[rows] > self.max_queries]
             if len(short):
                 raise OutOfBudgetError(
-                    f"samples {sorted(set(short.tolist()))} cannot pay {forwards} more forward passes within max_queries = "
-                    f"{self.max_queries}: ask still() or standing() first"
+                    f"samples {sorted(set(short.tolist()))} cannot pay {forwards} more forward passes within "
+                    f"max_queries = {self.max_queries}: ask still() or standing() first"
                 )
         self.forwards.copy_(spent)
         if backwards:
