@@ -5,13 +5,14 @@ Source: Pintor, Roli, Brendel and Biggio 2021, "Fast Minimum-norm Adversarial At
 Constraints" (2102.12827). Each sample has a radius of its own: the first-order estimate of the distance to the
 boundary until something adversarial is met, and from then on a little less after each success, a little more after
 each failure.
-Departures, without which (measured) it misses most images of adversarially trained MNIST nets, whose gradients point
-out of the image bounds: entries at a bound that cannot move take no part in a step; steps end on the sphere of the
-radius, clipping counted, not merely inside the ball; the estimate of the distance is trusted for the length of one
-step, and grows by gamma, since a linear model would be approached from below and never crossed. The loss anneals from
-a soft margin, whose direction is that of the cross-entropy (DDN's loss), to the margin (the original's loss). Further:
-the last point is judged (one pass more than `steps`); with a budget, the radius never exceeds it; l0 counts pixels
-unless the threat counts coordinates, and its radius never falls below 1; there are no adversarial starting points.
+Departures, without which it misses most images of nets whose gradients point out of the image bounds (mnist/pgd_at_0.3,
+linf, 100 steps: the original breaks 42 of 100, this one 79; `benchmarks/minimum_norm.py --norms linf`): entries at a
+bound that cannot move take no part in a step; steps end on the sphere of the radius, clipping counted, not merely
+inside the ball; the estimate of the distance is trusted for the length of one step, and grows by gamma, since a linear
+model would be approached from below and never crossed. The loss anneals from a soft margin, whose direction is that of
+the cross-entropy (DDN's loss), to the margin (the original's loss). Further: the last point is judged (one pass more
+than `steps`); with a budget, the radius never exceeds it; l0 counts pixels unless the threat counts coordinates, and
+its radius never falls below 1; there are no adversarial starting points.
 """
 
 from __future__ import annotations
