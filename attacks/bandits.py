@@ -4,9 +4,7 @@ Threat: linf, l2. Access: scores.
 Source: Ilyas, Engstrom and Madry 2018, "Prior Convictions: Black-Box Adversarial Attacks with Bandits and Priors"
 (1807.07978). The defaults are the authors' settings for ImageNet, pixels in [0, 1]: finite differences of l2 length
 0.1 (linf) or 0.01 (l2), exploration 1 or 0.01, online rate 100 or 0.1, image steps of 0.01 at linf eps 0.05 and of 0.5
-at l2 eps 5 (here shares of eps: 1/5, 1/10), 50 tiles along a side (4.5 to 6 pixels each; here 4 pixels). On an
-undefended MNIST net (100 images, one seed) online rates from 0.1 to 100 (linf) or 10 (l2) changed success by at most 6
-points; single pixels in place of tiles took four times as many queries.
+at l2 eps 5 (here shares of eps: 1/5, 1/10), 50 tiles along a side (4.5 to 6 pixels each; here 4 pixels).
 Departures: tiles at the right and lower edge are cut to the image; losses are computed in float64; the check of the new
 point, which the original does not count, is a query.
 """

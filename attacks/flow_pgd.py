@@ -3,9 +3,8 @@
 Threat: deformations with a budget. Access: gradients.
 Source: ours; the bounded test that minimum-norm deformation attacks (ADef, stAdv) leave out. The loop is that of Madry
 et al. 2017 (1706.06083) in the norm max_s ||flow(s)||_2, with the momentum of Dong et al. 2017 (1710.06081).
-Choices, by the success of 20 steps on 100 MNIST digits at 2 pixels against an adversarially trained net, with a smooth
-and with a free flow: vectors of unit length at each pixel (84 and 90 %) against signs (90, 87) and one length for the
-whole field (86, 63); steps of 5 budgets in all (95, 88) against 2.5; with momentum 0.75 (99, 94).
+Choices, by experiment on MNIST digits against an adversarially trained net: vectors of unit length at each pixel rather
+than signs or one length for the whole field; steps of 5 budgets in all rather than 2.5; momentum 0.75 rather than none.
 """
 
 from __future__ import annotations
