@@ -72,10 +72,16 @@ class Climb:
     def _ask(self) -> tuple[Tensor, Tensor]:
         """Return loss and gradient at the points, the mean of `eot` answers; the first one judges them."""
         value, gradient = self.oracle.gradient(self.points, self.rows, self.loss, self.aim, candidate=self.candidate)
-        for _ in range(1, self.eot):
-            other = self.oracle.gradient(self.points, self.rows, self.loss, self.aim, candidate=False)
-            value, gradient = value + other[0], gradient + other[1]
-        return (value, gradient) if self.eot == 1 else (value / self.eot, gradient / self.eot)
+        if self.eot == 1:
+            return value, gradient
+        # Whoever fell at the first answer, or paid for votes, asks no more.
+        keep = self.oracle.still(self.rows, (self.eot - 1) * self.oracle.probe_cost)
+        points, rows, aim = self.points[keep], self.rows[keep], self.aim.take(keep)
+        for _ in range(1, self.eot if len(keep) else 1):
+            other = self.oracle.gradient(points, rows, self.loss, aim, candidate=False)
+            value, gradient = value.index_add(0, keep, other[0]), gradient.index_add(0, keep, other[1])
+        answers = torch.ones_like(value).index_fill(0, keep, self.eot)
+        return value / answers, gradient / answers.reshape(-1, 1, 1, 1)
 
     def _remember(self, value: Tensor, gradient: Tensor) -> None:
         better = value > self._best_value

@@ -14,7 +14,7 @@ from torch import Tensor
 
 __all__ = ["NEAREST", "nearest_l1", "nearest_l2", "nearest_linf"]
 
-ROUNDS = 64  # of Newton's method, which is exact once the set of clipped entries stays; 4 are common
+ROUNDS = 64  # of Newton's method, which is exact once the set of clipped entries stays
 
 
 def nearest_linf(normal: Tensor, gain: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class ShrinkingNES(Attack):
         lr: length of the first steps, in the units of the images; None: `eps / 5`.
         min_lr: length below which steps are not cut, in the units of the images; None: `floor * eps`.
         momentum: share of the old direction in the new one.
-        plateau_length: losses in a window; when the newest is no better than the oldest, steps are cut.
+        plateau_length: losses in a window; when the newest is worse than the oldest, steps are cut.
         plateau_drop: what the length of the steps is then divided by.
         threshold: the ball shrinks while the loss is below this.
         conservative: the ball shrinks by the accepted cut over this.
@@ -134,6 +134,9 @@ class ShrinkingNES(Attack):
         target = goal.labels
         if not isinstance(goal, Targeted) and len(rows):
             target = oracle.labels(far, rows, candidate=False)
+            # A class to keep in sight: no refusal, and not the true one, which a randomised model may answer.
+            seen = ((target >= 0) & (target != goal.labels)).nonzero().flatten()
+            rows, far, target, x = rows[seen], far[seen], target[seen], x[seen]
         least = threat.take(rows).radius(x).reshape(-1).expand(len(x)).double()
         state = self.steps().start(x, threat.take(rows)) | {
             "points": far,
@@ -177,8 +180,8 @@ class ShrinkingNES(Attack):
             loss = self.losses(oracle, probes, rows, target, streams)
             seen = loss.isfinite().double()
             loss = loss.nan_to_num(0.0, 0.0, 0.0)
-            weighted += (loss.unsqueeze(1) @ directions.double()).squeeze(1)
-            plain += (seen.unsqueeze(1) @ directions.double()).squeeze(1)
+            sums = torch.stack([loss, seen], dim=1) @ directions.double()
+            weighted, plain = weighted + sums[:, 0], plain + sums[:, 1]
             total, count = total + loss.sum(dim=1, keepdim=True), count + seen.sum(dim=1, keepdim=True)
         mean = total / count  # NaN where nothing is seen
         slope = (weighted - mean * plain) / (count * estimator.radius)

@@ -75,7 +75,7 @@ class Shrink:
             good = _ask(oracle, points, rows[pending], state["target"][pending], inside, shown)
             self._accept(state, pending[good], points[good], cut, NEXT_CUT * span)
             pending = pending[~good]
-            shorter = (state["rate"] * share >= 2 * state["least"])[pending]
+            shorter = ((state["rate"] * share >= 2 * state["least"]) & (state["rate"] > 0))[pending]
             hopeless = ~shorter & (cut[pending] == 0)
             smaller = torch.where(cut[pending] / 2 < LEAST_CUT * span, 0, cut[pending] / 2)
             cut[pending] = torch.where(shorter, cut[pending], smaller)

@@ -19,7 +19,7 @@ from robustbench_lite.core.threats import Lp
 __all__ = ["MOVES", "Moves", "bump_pair"]
 
 CODED_CHANNELS = 16  # with more channels a draw of signs that changes nothing is too rare to look for
-FILLS = 3  # rounds of clipping and lengthening; 8 find no more
+FILLS = 3  # rounds of clipping and lengthening
 
 
 class Moves(Protocol):

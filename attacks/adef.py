@@ -37,7 +37,7 @@ class ADef(Attack):
     Attributes:
         steps: largest number of steps.
         overshoot: share by which candidates exceed the accumulated field.
-        classes: classes considered, the label included: those with the largest logits on the clean image.
+        classes: classes considered, the label included: those with the largest logits at the start.
 
     Raises:
         ValueError: a setting out of range.
@@ -62,7 +62,7 @@ class ADef(Attack):
     def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
         """Take the first step from the clean image, and go on from candidates."""
         assert isinstance(threat, Deformation)
-        rows = oracle.standing(2 * oracle.gradient_cost)
+        rows = oracle.standing(2 * oracle.probe_cost)
         if len(rows) == 0:
             return oracle.best
         raw = threat.origin(x[rows])

@@ -45,7 +45,7 @@ class Bandits(Attack):
         online_lr: learning rate of the prior; None: 100 for linf (exponentiated gradient), 0.1 for l2 (gradient).
         image_lr: length of an image step in the threat's norm, in the units of the images; None: eps / 5 for linf,
             eps / 10 for l2.
-        queries: most forward passes for a sample.
+        queries: most forward passes for a sample, the clean check aside.
 
     Raises:
         ValueError: a hyper-parameter out of range.

@@ -4,6 +4,7 @@ Threat: linf, l2. Access: scores.
 Source: the strategies are those of Wierstra et al. 2011 (1106.4487), Salimans et al. 2017 (1703.03864) and Hansen 2016
 (1604.00772), see `attacks/strategies.py`; the search in low frequencies is that of Guo, Frank and Weinberger 2018
 (1809.08758).
+A generation of one sample is held whole, in float64: population times coefficients, some seven times.
 Departures: they were not made for attacks. Members are projected on the threat before they are asked about. The best
 member of each generation is then put to the oracle as a candidate, at one more query.
 """

@@ -113,25 +113,45 @@ class FABT(Attack):
         return points.clamp(*threat.bounds)
 
     def _approach(self, oracle: Oracle, threat: Lp, rows: Tensor, points: Tensor, loss: Loss, aim: Goal) -> None:
-        """Take `steps` steps from `points`; after each success a backward step, which is asked about before the next.
+        """Take `steps` steps from `points`; after each success a backward step, and the next step starts there.
 
-        A question is about where a step or a backward step led to; each sample counts its own steps.
+        Where a sample's last step succeeded, the next one probably does too: then its end is asked about without a
+        gradient first, which would be thrown away. Each sample counts its own steps.
         """
         left = torch.full_like(rows, self.steps)
-        pulled = torch.zeros_like(rows, dtype=torch.bool)
+        stepped = torch.ones_like(rows, dtype=torch.bool)  # the point is the end of a step, not of a backward one
+        likely = ~stepped
         for question in range(2 * self.steps + 1):
             if question % oracle.compact_every == 0:
                 keep = oracle.still(rows, oracle.gradient_cost)
                 keep = keep[left[keep] >= 0]
-                rows, points, left, pulled = rows[keep], points[keep], left[keep], pulled[keep]
-                x = oracle.x[rows]
+                rows, points, left, stepped, likely = (v[keep] for v in (rows, points, left, stepped, likely))
             if len(rows) == 0:
                 return
+            points, back = self._foresee(oracle, rows, points, (stepped & likely).nonzero().flatten())
+            stepped = stepped & ~back
+            keep = oracle.still(rows, oracle.gradient_cost)
+            rows, points, left, stepped, likely = (v[keep] for v in (rows, points, left, stepped, likely))
+            x = oracle.x[rows]
             value, gradient = oracle.gradient(points, rows, loss, aim.take(rows))
-            pulled = oracle.verdict & ~pulled
-            stepped = self._step(threat, x, points, value, gradient)
-            points = torch.where(pulled.reshape(-1, 1, 1, 1), x + self.beta * (points - x), stepped)
-            left = left - (~pulled).long()
+            hit = oracle.verdict & stepped
+            ahead = self._step(threat, x, points, value, gradient)
+            points = torch.where(hit.reshape(-1, 1, 1, 1), x + self.beta * (points - x), ahead)
+            left, likely, stepped = left - (~hit).long(), hit | (likely & ~stepped), ~hit
+
+    def _foresee(self, oracle: Oracle, rows: Tensor, points: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+        """Ask about the points at positions `asked` without gradients, and take those that succeed a step back.
+
+        Returns the points, and bool (n,): which were taken back.
+        """
+        back = torch.zeros_like(rows, dtype=torch.bool)
+        asked = asked[oracle.still(rows[asked], oracle.judge_cost + oracle.gradient_cost)]
+        if len(asked) == 0:
+            return points, back
+        oracle.judge(points[asked], rows[asked])
+        back[asked] = oracle.verdict
+        x = oracle.x[rows]
+        return torch.where(back.reshape(-1, 1, 1, 1), x + self.beta * (points - x), points), back
 
     @torch.no_grad()
     def _step(self, threat: Lp, x: Tensor, points: Tensor, value: Tensor, gradient: Tensor) -> Tensor:

@@ -163,7 +163,7 @@ class _Search:
         """Return how far the boundary is to first order, at most the length of the step."""
         slope = NORMS[self.threat.dual_norm].size(gradient)
         ahead = value.abs() / slope.clamp_min(torch.finfo(slope.dtype).tiny)
-        return torch.minimum(ahead, NORMS[self.threat.norm].size(step))
+        return torch.minimum(ahead.nan_to_num(nan=torch.inf), NORMS[self.threat.norm].size(step))
 
     def _inside(self, radius: Tensor, step: Tensor) -> Tensor:
         """Return the points after `step`, on the sphere of `radius` where the image bounds allow it.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from robustbench_lite.attacks._decision import Purse
+from robustbench_lite.core.checks import check_images
 from robustbench_lite.core.goals import Goal, Targeted
 from robustbench_lite.core.oracle import Oracle
 from robustbench_lite.core.rng import Streams
@@ -38,6 +39,8 @@ class Gallery:
             )
         if len(self.images) == 0:
             raise ValueError("a gallery needs at least one image")
+        if not bool(self.images.isfinite().all()):
+            raise ValueError("the images of a gallery must be finite")
 
     def __repr__(self) -> str:
         return f"Gallery({len(self.images)} images)"
@@ -49,8 +52,9 @@ class Gallery:
             The rows that have such an image, int64 (n,), and the images (n, C, H, W).
 
         Raises:
-            ValueError: images of another shape than the oracle's.
+            ValueError: images of another shape than the oracle's, or outside its bounds.
         """
+        check_images(self.images, oracle.threat.bounds)
         if self.images.shape[1:] != oracle.x.shape[1:]:
             raise ValueError(
                 f"the gallery's images must have shape {tuple(oracle.x.shape[1:])}, got {tuple(self.images.shape[1:])}"

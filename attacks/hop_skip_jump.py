@@ -2,8 +2,8 @@
 
 Threat: l2, linf; with a budget or as near as possible. Access: labels.
 Source: Chen, Jordan and Wainwright 2019, "HopSkipJumpAttack: A Query-Efficient Decision-Based Attack" (1904.02144).
-Departures: the first probe radius is 0.1 of the image range; binary search stops at theta times the distance it starts
-from, in both norms (the original's linf threshold is theta itself where that is more); starts are sought among coarser
+Departures: binary search stops at theta times the distance it starts from, in both norms (the original's linf
+threshold is never more than theta itself); starts are sought among coarser
 noise too, not among images of the target's class, which an attack does not hold; a sample that cannot pay for a
 whole estimate makes a smaller one. With a budget a sample is done at its first success within eps.
 """

@@ -40,7 +40,7 @@ class NES(Attack):
         lr: length of the first steps, in the units of the images; None: `eps / 5`.
         min_lr: length below which steps are not cut; None: `eps / 1000`.
         momentum: share of the old direction in the new one.
-        plateau_length: losses in a window; when the newest is no better than the oldest, steps are cut.
+        plateau_length: losses in a window; when the newest is worse than the oldest, steps are cut.
         plateau_drop: what the length of the steps is then divided by.
         queries: forward passes that each sample may spend, the clean check aside.
         loss: "ce", "margin" or "dlr".

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from robustbench_lite.attacks._nes_schedule import ShrinkingNES
+from robustbench_lite.attacks.estimators import blocks
 from robustbench_lite.core.checks import parse_number
 from robustbench_lite.core.oracle import Access, Oracle
 from robustbench_lite.core.rng import Streams
@@ -35,7 +36,7 @@ class NESLabelOnly(ShrinkingNES):
         lr: length of the first steps, in the units of the images; None: `eps / 5`.
         min_lr: length below which steps are not cut, in the units of the images; None: `eps / 500`.
         momentum: share of the old direction in the new one.
-        plateau_length: losses in a window; when the newest is no better than the oldest, steps are cut.
+        plateau_length: losses in a window; when the newest is worse than the oldest, steps are cut.
         plateau_drop: what the length of the steps is then divided by.
         threshold: the ball shrinks while the loss is below this.
         conservative: the ball shrinks by the accepted cut over this.
@@ -81,14 +82,15 @@ class NESLabelOnly(ShrinkingNES):
 
     def losses(self, oracle: Oracle, probes: Tensor, rows: Tensor, target: Tensor, streams: Streams) -> Tensor:
         """Return 1 - S at probes (n, j, C, H, W): float64 (n, j)."""
-        owners, wanted = rows.repeat_interleave(self.m), target.repeat_interleave(self.m)
-        scores = []
-        for probe in probes.unbind(1):
-            noise = 2 * streams.uniform(self.m, *probe.shape[1:], dtype=probe.dtype) - 1
-            around = probe.unsqueeze(1) + parse_number(self.u) * noise
-            rank = self._rank_score(oracle, around.flatten(0, 1), owners, wanted, candidate=False)
-            scores.append(rank.reshape(-1, self.m).mean(dim=1))
-        return 1 - torch.stack(scores, dim=1)
+        scores = torch.zeros(probes.shape[:2], dtype=torch.float64, device=probes.device)
+        for column, probe in enumerate(probes.unbind(1)):
+            for count in blocks(self.m):
+                noise = 2 * streams.uniform(count, *probe.shape[1:], dtype=probe.dtype) - 1
+                around = (probe.unsqueeze(1) + parse_number(self.u) * noise).flatten(0, 1)
+                owners, wanted = rows.repeat_interleave(count), target.repeat_interleave(count)
+                rank = self._rank_score(oracle, around, owners, wanted, candidate=False)
+                scores[:, column] += rank.reshape(-1, count).sum(dim=1) / self.m
+        return 1 - scores
 
     def shown(self, oracle: Oracle, points: Tensor, rows: Tensor, target: Tensor, candidate: bool) -> Tensor:
         """Say at which points (n, C, H, W) the target is in the top k: bool (n,)."""
@@ -99,4 +101,5 @@ class NESLabelOnly(ShrinkingNES):
         if self.k == 1:
             return (oracle.labels(points, rows, candidate=candidate) == target).double()
         match = oracle.topk(points, rows, self.k, candidate=candidate)[1] == target.unsqueeze(1)
-        return (match * torch.arange(self.k, 0, -1, device=match.device)).sum(dim=1).double() / self.k
+        worth = torch.arange(self.k, self.k - match.shape[1], -1, device=match.device)
+        return (match * worth).sum(dim=1).double() / self.k

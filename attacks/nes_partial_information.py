@@ -36,7 +36,7 @@ class NESPartialInformation(ShrinkingNES):
         lr: length of the first steps, in the units of the images; None: `eps / 5`.
         min_lr: length below which steps are not cut, in the units of the images; None: `eps / 50`.
         momentum: share of the old direction in the new one.
-        plateau_length: losses in a window; when the newest is no better than the oldest, steps are cut.
+        plateau_length: losses in a window; when the newest is worse than the oldest, steps are cut.
         plateau_drop: what the length of the steps is then divided by.
         threshold: the ball shrinks while the cross-entropy to the target is below this.
         conservative: the ball shrinks by the accepted cut over this.

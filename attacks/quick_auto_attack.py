@@ -42,7 +42,7 @@ class QuickAutoAttack(Attack):
     Attributes:
         steps: gradient steps in each run.
         targets: nearest wrong classes that every sample meets.
-        close: go on with a sample when the least margin that was found is at most this share of the clean one.
+        close: go on with a sample when the margin at its best point is at most this share of the clean one.
         rounds: further runs of each kind for these samples, with one more target.
         queries: most queries of a last search without gradients (Square) on these samples; none in l1.
         candidates: likeliest wrong classes that are ranked by distance: one gradient each.
@@ -83,7 +83,8 @@ class QuickAutoAttack(Attack):
             self._round(oracle, aims[: self.targets + 1], goal, ball, streams, chosen)
         square = Square(queries=self.queries)
         if square.supports(threat):
-            square.run(_Among(oracle, chosen), x, goal, threat, streams.fork(0))
+            rows = oracle.standing(oracle.scores_cost)
+            square.search(oracle, rows[chosen[rows]], ball, streams.fork(0))
         return oracle.best
 
     def _aims(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Lp) -> tuple[Tensor, list[Goal]]:
@@ -131,21 +132,3 @@ class QuickAutoAttack(Attack):
             logits = oracle.scores(oracle.best[rows], rows, candidate=False)
             chosen[rows] = margin(logits, oracle.goal.take(rows)) >= self.close * clean[rows]
         return chosen
-
-
-class _Among(Oracle):
-    """The same oracle, for a part that shall only see some of the samples.
-
-    Args:
-        oracle: answers, counts and keeps what is found.
-        chosen: bool (B,) the samples.
-    """
-
-    def __init__(self, oracle: Oracle, chosen: Tensor) -> None:
-        self.__dict__.update(oracle.__dict__)
-        self._chosen = chosen
-
-    def standing(self, queries: int = 1) -> Tensor:
-        """Return the chosen rows, int64 (n,), that still search and can pay."""
-        rows = super().standing(queries)
-        return rows[self._chosen[rows]]

@@ -3,9 +3,9 @@
 Threat: rotations with translations. Access: scores.
 Source: Engstrom, Tran, Tsipras, Schmidt and Madry 2017, "Exploring the Landscape of Spatial Robustness" (1712.02779);
 there, too, first-order attacks on these parameters lose to the grid.
-Departures: grid points are tried from the outermost inwards, and a sample leaves at its first success (the original
-tries all, and takes the one with the largest loss); the "black canvas", which pads images first so that nothing leaves
-them, is a matter of the data.
+Departures: grid points are tried from the outermost inwards, in blocks, and a sample leaves after the block in which it
+falls (the original tries all, and takes the one with the largest loss); the "black canvas", which pads images first so
+that nothing leaves them, is a matter of the data.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["RotationTranslationGrid"]
 
 ALONE = 16  # points asked one by one: most samples fall at the corners of the threat
 TOGETHER = 32  # points in one question after these, judged by their worst
-IMAGES = 512  # images in one such question on a CPU: many more leave its cache, and took up to twice as long
+IMAGES = 512  # images in one such question on a CPU: many more leave its cache
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,10 @@ class RotationTranslationGrid(Attack):
         """Return the grid, (angles * shifts^2, 3), the largest share of the budget (in l2) first."""
         limits = threat.limits(x)
         counts = (self.angles, self.shifts, self.shifts)
-        axes = [torch.linspace(-1, 1, n, dtype=x.dtype, device=x.device) if n > 1 else x.new_zeros(1) for n in counts]
+        axes = [
+            torch.linspace(-1, 1, n, dtype=x.dtype, device=x.device) if n > 1 and limit > 0 else x.new_zeros(1)
+            for n, limit in zip(counts, limits.tolist(), strict=True)
+        ]
         grid = torch.cartesian_prod(*axes)
         # Rounded, so that points that mirror each other tie on every machine.
         order = grid.norm(dim=1).mul(1e4).round().argsort(descending=True, stable=True)

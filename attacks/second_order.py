@@ -5,7 +5,8 @@ Source: Li, Chen, Wang and Carin 2018, "Certified Adversarial Robustness with Ad
 first named "Second-Order Adversarial Attack and Certifiable Robustness"). Their attack adds up gradients at Gaussian
 copies of the point, which is gradient ascent on the smoothed loss and uses no Hessian; `PowerIteration` is the attack
 that their derivation asks for, along the Hessian's top eigenvector.
-Departures: every iterate is projected (the original clips to the image bounds at the end only), each sample keeps its
+Departures: steps of 2 eps / steps on the cross-entropy in every norm (in l2 the original takes 2.5 eps / steps on the
+margin); every iterate is projected (the original clips to the image bounds at the end only), each sample keeps its
 best one and leaves at its first success. The default noise is the original's for MNIST; for CIFAR-10 it has 100/255.
 """
 

@@ -36,7 +36,8 @@ class SimBA(Attack):
     Attributes:
         basis: the directions: `Pixels()`, `DCT(fraction)` or `Tiles(side)`.
         step: length of a step in l2, in the units of the images.
-        queries: most forward passes for a sample (the original: 10,000 directions, at most two each).
+        queries: most forward passes for a sample, the clean check aside (the original: 10,000
+            directions, at most two each).
 
     Raises:
         ValueError: a hyper-parameter out of range.

@@ -75,14 +75,14 @@ class Square(Attack):
 
     def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
         """Search `restarts` times, each on the samples that still stand."""
-        loss = loss_named(self.loss)
         for _ in range(self.restarts):
-            self._search(oracle, cast(Lp, threat), loss, streams)
+            self.search(oracle, oracle.standing(oracle.scores_cost), cast(Lp, threat), streams)
         return oracle.best
 
     @torch.no_grad()
-    def _search(self, oracle: Oracle, threat: Lp, loss: Loss, streams: Streams) -> None:
-        rows = oracle.standing(oracle.scores_cost)
+    def search(self, oracle: Oracle, rows: Tensor, threat: Lp, streams: Streams) -> None:
+        """Search for `rows`, int64 (n,), of the batch; the threat and the streams are those of the whole batch."""
+        loss = loss_named(self.loss)
         if len(rows) == 0:
             return
         moves = MOVES[threat.norm](oracle.x[rows], threat.take(rows), streams.take(rows))

@@ -176,7 +176,8 @@ class OpenAIES(_Mirrored):
     def update(self, state: State, draws: Tensor, loss: Tensor, generation: int) -> State:
         """Take one step of Adam."""
         finite = loss.nan_to_num(0.0, 0.0, 0.0).unsqueeze(1)
-        gradient = (finite @ draws).squeeze(1) / (loss.shape[1] * state["sigma"])
+        sigma = torch.where(state["sigma"] > 0, state["sigma"], 1)  # 0 where the budget is 0
+        gradient = (finite @ draws).squeeze(1) / (loss.shape[1] * sigma)
         first = 0.9 * state["first"] + 0.1 * gradient
         second = 0.999 * state["second"] + 0.001 * gradient.square()
         size = (second / (1 - 0.999 ** (generation + 1))).sqrt()

@@ -84,7 +84,15 @@ class Transfer(Attack):
         rows = oracle.standing(oracle.judge_cost)
         if len(rows):
             part = streams.take(rows).fork(0)
-            points = _craft(self.attack, self.ensemble(), x[rows], goal.take(rows), threat.take(rows), part)
+            points = _craft(
+                self.attack,
+                self.ensemble(),
+                x[rows],
+                goal.take(rows),
+                threat.take(rows),
+                part,
+                memory_budget=oracle.memory_budget,
+            )
             oracle.judge(points, rows)
         return oracle.best
 
@@ -140,15 +148,29 @@ def transfer_matrix(
     return matrix.rename_axis(index="surrogate", columns="target")
 
 
-def _craft(attack: Attack, ensemble: Ensemble, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
+def _craft(
+    attack: Attack,
+    ensemble: Ensemble,
+    x: Tensor,
+    goal: Goal,
+    threat: Threat,
+    streams: Streams,
+    *,
+    memory_budget: int | None = None,
+) -> Tensor:
     """Return each sample's point of the highest loss, among those that fool the ensemble where there are any."""
-    with ensemble.oracle(x.detach(), goal, threat, access=attack.access, stop="never") as oracle:
+    if len(x) == 0:
+        return threat.origin(x)
+    access = attack.access
+    with ensemble.oracle(x.detach(), goal, threat, access=access, stop="never", memory_budget=memory_budget) as oracle:
         oracle.judge_clean()
         Attack._rejudge(oracle, attack.run(oracle, x.detach(), goal, threat, streams))
         return oracle.best
 
 
 def _rate(model: nn.Module, x: Tensor, goal: Goal, threat: Threat, points: Tensor) -> float:
+    if len(x) == 0:
+        return float("nan")
     with Oracle(model, x, goal, threat, access=Access.LABEL) as oracle:
         oracle.judge_clean()
         rows = oracle.standing()

@@ -88,7 +88,8 @@ class FixedPerturbation(Attack):
         points = self.perturbation(x)
         points = points.clamp(*threat.bounds) if threat.size is None else threat.project(points, x)
         rows = oracle.standing(oracle.judge_cost)
-        oracle.judge(points[rows], rows)
+        if len(rows):
+            oracle.judge(points[rows], rows)
         return oracle.best
 
 

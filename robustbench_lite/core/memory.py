@@ -15,6 +15,7 @@ Ask = Callable[[slice], tuple[Tensor, ...]]
 
 FIRST_PASS = 64  # images in the pass that is watched: before it nothing is known
 CPU_BUDGET = 2**30
+PER_PROBE = 20  # image-sized tensors that an attack holds for each probe
 
 
 class Memory:
@@ -26,17 +27,18 @@ class Memory:
         x: the images (B, C, H, W) that the questions are about.
         watch: False for a model that cannot be watched (a compiled one): then its largest activation is taken to be
             64 times its input.
+        passes: forward passes of the model in one graph for gradients.
 
     Attributes:
         capacity: probe images that may be alive at a time.
     """
 
-    def __init__(self, budget: int | None, x: Tensor, watch: bool = True) -> None:
+    def __init__(self, budget: int | None, x: Tensor, watch: bool = True, passes: int = 1) -> None:
         if budget is not None and budget < 1:
             raise ValueError(f"a memory budget is a number of bytes, at least 1, got {budget}")
         self._budget = _default_budget(x.device) if budget is None else budget
         self._image = x[0].numel() * x.element_size() if len(x) else 1
-        self._limited = budget is not None
+        self._limited, self._passes = budget is not None, passes
         self._most: int | None = None  # images in one pass, once a GPU has run out of memory
         self.capacity, self._graphs = FIRST_PASS, FIRST_PASS
         self._watch = watch
@@ -91,11 +93,12 @@ class Memory:
         """Set the chunk sizes from the bytes of one image's largest activation, and of all of them together.
 
         Without a graph about four tensors of the largest size are alive (an operator's input, output and workspace,
-        and a shortcut), and an attack holds about six images for each probe. A graph keeps all of them, and the
-        backward pass a few more.
+        and a shortcut), and an attack holds about twenty images for each probe: draws, directions, probes, and what
+        operators make of them, some in float64. A graph keeps all activations, and the backward pass a few more.
         """
-        self.capacity = max(1, int(self._budget / (4 * largest + 6 * self._image)))
-        self._graphs = max(1, int(self._budget / (1.5 * total + 4 * largest + 6 * self._image)))
+        self.capacity = max(1, int(self._budget / (4 * largest + PER_PROBE * self._image)))
+        graph = 1.5 * total * self._passes + 4 * largest + PER_PROBE * self._image
+        self._graphs = max(1, int(self._budget / graph))
 
 
 def _default_budget(device: torch.device) -> int:

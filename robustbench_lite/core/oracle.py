@@ -6,13 +6,13 @@ deployed model alone. An attack that lies, overspends or leaves the threat can t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from enum import IntEnum
 from typing import Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robustbench_lite.core.checks import (
     check_labels,
@@ -34,7 +34,7 @@ __all__ = ["Access", "AccessDeniedError", "Oracle", "OutOfBudgetError", "Stop", 
 Transform = Callable[[Tensor, slice], Tensor]
 """Images (m, C, H, W) at the positions `slice` of a question to changed images; differentiable."""
 Stop = Literal["success", "never"]
-MAJORITY_DRAWS = 20  # fresh draws that decide whether a randomised model has fallen
+VOTES = (20, 80)  # fresh draws that decide whether a randomised model has fallen: most of each round
 
 
 class Access(IntEnum):
@@ -67,8 +67,9 @@ class Oracle:
         goal: what counts as success.
         threat: where points must lie.
         view: a differentiable stand-in for gradients; None: the model itself. A view whose call costs several forward
-            passes of the model says so in its attribute `cost`. A view with `screens = True` claims to be the model
-            itself, computed faster: it answers all questions, and only candidates that fool it are put to the model.
+            passes of the model says so in its attribute `cost`, or holds a module that does. A view with
+            `screens = True` claims to be the model itself, computed faster: it answers all questions, and only
+            candidates that fool it are put to the model (unless the model has a `predict` of its own).
         access: the level above which questions are refused.
         max_queries: forward passes that each sample may spend; None for no limit.
         stop: "success": a sample is done once it has fallen; "never": all go on and keep their highest loss.
@@ -106,12 +107,13 @@ class Oracle:
         self.verdict = torch.zeros(0, dtype=torch.bool, device=x.device)
         self._model, self._view = model, model if view is None else view
         self._own_predict = own_predict(model)
-        self._screens = bool(getattr(self._view, "screens", False))
+        self._screens = bool(getattr(self._view, "screens", False)) and self._own_predict is None
         # One pass serves loss, success and gradient.
         self._one_pass = self._screens or (self._view is model and self._own_predict is None)
-        self._view_cost = int(getattr(self._view, "cost", 1))
+        self._view_cost = _cost(self._view)
         self.stochastic, self.rejects = is_stochastic(model), rejects(model)
-        self._memory = Memory(memory_budget, x, watch=not hasattr(model, "_orig_mod"))
+        self.memory_budget = memory_budget
+        self._memory = Memory(memory_budget, x, watch=not hasattr(model, "_orig_mod"), passes=self._view_cost)
         self._labels_checked = False
         self._context = ExitStack()
 
@@ -259,7 +261,8 @@ class Oracle:
     ) -> Tensor:
         """Return the deployed model's logits (n, K) at `points`; `scores_cost` forward passes for candidates, else one.
 
-        `loss` (and `aim`, as in `gradient`) says how good a candidate is that does not succeed.
+        A view that screens answers in the model's place. `loss` (and `aim`, as in `gradient`) says how good a candidate
+        is that does not succeed.
 
         Raises:
             AccessDeniedError: the access level is below SCORES.
@@ -269,14 +272,17 @@ class Oracle:
         return self._scores(points, rows, loss, aim, candidate)
 
     def topk(self, points: Tensor, rows: Tensor, k: int, *, candidate: bool = True) -> tuple[Tensor, Tensor]:
-        """Return the k largest probabilities and their classes, each (n, k), in descending order; costs as `scores`.
+        """Return the k largest probabilities, float64, and their classes, in descending order; costs as `scores`.
+
+        Each is (n, k), or (n, K) where there are fewer than k classes.
 
         Raises:
             AccessDeniedError: the access level is below TOPK.
             OutOfBudgetError: a row cannot pay.
         """
         self._require(Access.TOPK)
-        top = self._scores(points, rows, margin, None, candidate).softmax(dim=1).topk(k, dim=1)
+        logits = self._scores(points, rows, margin, None, candidate)
+        top = logits.double().softmax(dim=1).topk(min(k, logits.shape[1]), dim=1)
         return top.values, top.indices
 
     def labels(self, points: Tensor, rows: Tensor, *, candidate: bool = True) -> Tensor:
@@ -331,34 +337,36 @@ class Oracle:
             labels = self._predict(points, rows) if logits is None else labels_of(logits)
             return self._judge(points, rows, labels, value)
         apparent = self.goal.take(rows).achieved(labels_of(logits), self.rejects)
-        return self._record(
-            points,
-            rows,
-            self._confirm(points, rows, apparent, draws=1 if not self.stochastic else MAJORITY_DRAWS),
-            value,
-        )
+        success = self._confirm(points, rows, apparent, VOTES if self.stochastic else (1,))
+        return self._record(points, rows, success, value)
 
     def _judge(self, points: Tensor, rows: Tensor, labels: Tensor, value: Tensor) -> None:
         success = self.goal.take(rows).achieved(labels, self.rejects)
         if self.stochastic:
-            success = self._confirm(points, rows, success, draws=MAJORITY_DRAWS)
+            success = self._confirm(points, rows, success, VOTES)
         self._record(points, rows, success, value)
 
     def _record(self, points: Tensor, rows: Tensor, success: Tensor, value: Tensor) -> None:
         self.verdict = success
         self.found.offer(points, rows, success, value, self.forwards[rows])
 
-    def _confirm(self, points: Tensor, rows: Tensor, success: Tensor, draws: int) -> Tensor:
-        """Confirm apparent successes: most of `draws` more answers must be ones too. Who cannot pay has not fallen."""
+    def _confirm(self, points: Tensor, rows: Tensor, success: Tensor, rounds: Sequence[int]) -> Tensor:
+        """Confirm apparent successes: most answers of each round must be ones too. Who cannot pay has not fallen.
+
+        A search puts many candidates up, and a short vote is lost by luck every so often: who loses it has another,
+        longer one, whose draws are fresh.
+        """
         confirmed = torch.zeros_like(success)
         lucky = success.nonzero().flatten()
-        lucky = lucky[self.still(rows[lucky], draws)]
-        if len(lucky) == 0:
-            return confirmed
-        self._pay(rows[lucky], draws)
-        goal = self.goal.take(rows[lucky])
-        votes = [goal.achieved(self._predict(points[lucky], rows[lucky]), self.rejects) for _ in range(draws)]
-        confirmed[lucky] = torch.stack(votes).sum(dim=0) > draws // 2
+        for draws in rounds:
+            lucky = lucky[self.still(rows[lucky], draws)]
+            if len(lucky) == 0:
+                return confirmed
+            self._pay(rows[lucky], draws)
+            goal = self.goal.take(rows[lucky])
+            votes = [goal.achieved(self._predict(points[lucky], rows[lucky]), self.rejects) for _ in range(draws)]
+            lucky = lucky[torch.stack(votes).sum(dim=0) > draws // 2]
+        confirmed[lucky] = True
         return confirmed
 
     def _predict(self, points: Tensor, rows: Tensor) -> Tensor:
@@ -416,6 +424,12 @@ class Oracle:
         self.forwards.copy_(spent)
         if backwards:
             self.backwards.index_add_(0, rows, torch.full_like(rows, backwards))
+
+
+def _cost(view: Model) -> int:
+    """Return the forward passes of one call of a view: the most that it or a module inside says."""
+    parts = view.modules() if isinstance(view, nn.Module) else [view]
+    return max(int(getattr(part, "cost", 1)) for part in parts)
 
 
 def _input_gradient(

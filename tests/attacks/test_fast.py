@@ -27,6 +27,33 @@ def test_successes_are_the_models_own(attack, options, net, images):
     assert plain.success.sum() >= 2
 
 
+def test_the_fast_mode_is_on(net, images):
+    seen = {}
+    net.float()[0].register_forward_hook(lambda _, args, out: seen.update(x=args[0], out=out))
+    x = torch.rand(4, 1, 6, 6).expand(-1, 3, -1, -1)
+    narrow = nn.Sequential(nn.Conv2d(3, 1, 1), net)
+    narrow[0].register_forward_hook(lambda _, args, __: seen.update(first=args[0]))
+    logits = Fast(narrow, dtype=torch.bfloat16, channels_last=True)(x)
+    assert seen["out"].dtype == torch.bfloat16
+    assert seen["first"].is_contiguous(memory_format=torch.channels_last)
+    assert logits.dtype == torch.float32
+
+
+def test_a_model_with_its_own_predict_is_asked_about_every_candidate(net, images):
+    class Cautious(nn.Module):
+        def forward(self, x):
+            return net(x)
+
+        def predict(self, x):
+            top = net(x).softmax(dim=1).max(dim=1)
+            return torch.where(top.values > 0.3, top.indices, -1)  # an abstention is an error
+
+    model = Cautious()
+    y = predict(net, images)
+    plain, fast = (PGD()(model, images, y, THREAT, view=view) for view in (None, Fast(model)))
+    assert torch.equal(plain.success, fast.success)
+
+
 def test_a_view_that_lies_breaks_nothing_and_costs_a_pass_for_each_lie(net, images):
     class Wrong(nn.Module):
         screens = True

@@ -10,6 +10,7 @@ import torch
 
 from robustbench_lite.attacks import (
     DIFGSM,
+    FGSM,
     MIFGSM,
     TIFGSM,
     Autograd,
@@ -160,6 +161,19 @@ def test_second_order_leaves_a_point_where_the_gradient_vanishes():
     assert not MIFGSM()(model, x, y, threat).success.any()
     assert SecondOrder(estimator=PowerIteration(), loss="margin")(model, x, y, threat).success.all()
     assert SecondOrder(estimator=NoiseAveraged(sigma=0.1), loss="margin")(model, x, y, threat).success.all()
+
+
+def test_settings_reach_the_loop_with_the_papers_defaults():
+    assert MIFGSM().ascent().momentum == 1.0
+    assert MIFGSM().ascent().path == 1.0
+    assert DIFGSM(momentum=0.7).ascent().momentum == 0.7
+    assert DIFGSM(probability=0.3, scale=1.2).ascent().estimator == InputDiversity(0.3, 1.2)
+    assert pytest.approx(DIFGSM().ascent().path * 16 / 255) == (20 * 16 / 255 / 20 * 1.25)
+    assert TIFGSM().ascent().estimator == TranslationInvariant(Autograd(), 15)
+    assert TIFGSM(diversity=True, kernel_size=7).ascent().estimator == TranslationInvariant(InputDiversity(), 7)
+    assert SecondOrder().ascent().estimator == NoiseAveraged(10, 0.7)
+    assert FGSM(random_start=True).ascent().path == 1.25  # Wong, Rice and Kolter 2020
+    assert FGSM().ascent().path == 1.0
 
 
 def test_bad_values_are_named():

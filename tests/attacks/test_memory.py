@@ -8,13 +8,15 @@ import sys
 import pytest
 import torch
 
-from robustbench_lite.core.memory import Memory
+from robustbench_lite.core.memory import PER_PROBE, Memory
 
 ATTACKS = [
     "NES(samples=600, queries=1300)",
     "SPSA(samples=600)",
-    "FiniteDifferences()",
-    "EvolutionStrategy(population=600)",
+    "FiniteDifferences(coordinates=600)",
+    "EvolutionStrategy(RankNES(population=100), Pixels())",
+    "NESPartialInformation(samples=600, queries=1300)",
+    "NESLabelOnly(samples=20, m=60, queries=1300)",
     "Square(queries=30)",
     "Bandits(queries=60)",
     "SimBA(queries=60)",
@@ -35,7 +37,7 @@ torch.manual_seed(0)
 net = nn.Sequential(
     nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 10)
 )
-x = torch.rand(64, 3, 32, 32)
+x = torch.rand(16, 3, 32, 32)
 y = predict(net, x)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # bytes, as Linux counts
 
@@ -52,8 +54,8 @@ print(peak() - before, int(result.forwards.max()))
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.skipif(sys.platform != "linux", reason="counts resident memory as Linux does")
 def test_a_query_attack_keeps_within_its_budget(attack):
-    """64 images of 3 x 32 x 32; 600 draws at once would take 0.5 GB as images alone."""
-    budget = 64 * 2**20
+    """16 images of 3 x 32 x 32; 600 draws at once would take 118 MB as images alone."""
+    budget = 48 * 2**20
     done = subprocess.run([sys.executable, "-c", SCRIPT, attack, str(budget)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     grown, forwards = map(int, done.stdout.split())
@@ -75,4 +77,4 @@ def test_what_an_operator_makes_counts_and_views_do_not():
     memory = Memory(None, x)
     memory.ask(lambda part: (x[part].reshape(-1, 64).repeat(1, 100),), 10)
     image = 64 * 4
-    assert memory.capacity == 2**30 // (4 * 100 * image + 6 * image)
+    assert memory.capacity == 2**30 // (4 * 100 * image + PER_PROBE * image)

@@ -114,13 +114,42 @@ def test_averaged_gradients_come_nearer_to_the_true_one_and_all_draws_are_counte
     assert cosine(200) > 0.98 > cosine(1)
 
 
-def test_one_lucky_draw_is_no_success_and_expected_gradients_find_more(images):
-    model = Noisy()
+def test_what_falls_is_wrong_in_most_draws_and_expected_gradients_climb(images):
+    model, quiet = Noisy(spread=0.3), Noisy(spread=0.0)
+    y, threat = predict(quiet, images), Lp("linf", 0.1)
+    found = PGD(steps=10, random_start=False, estimator=ExpectedGradient(20))(model, images, y, threat)
+    wrong = torch.stack([predict(model, found.x_adv) != y for _ in range(500)]).double().mean(dim=0)
+    assert found.success.sum() >= 3
+    assert (wrong[found.success] > 0.45).all()
+    gain = cross_entropy(quiet(found.x_adv), Untargeted(y)) - cross_entropy(quiet(images), Untargeted(y))
+    assert (gain > 0)[found.distance != 0].all()
+
+
+@pytest.mark.parametrize("chance", [0.2, 0.35, 0.4])
+def test_a_search_does_not_fell_a_model_by_trying_often(chance):
+    """A coin that is wrong with a chance below one half, at any input, never loses a fair vote."""
+
+    class Coin(nn.Module):
+        stochastic = True
+
+        def forward(self, x):
+            tails = torch.rand(len(x), generator=generator) < chance
+            return torch.stack([~tails, tails], dim=1).to(x) + 0 * x.flatten(1).sum(dim=1, keepdim=True)
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(100, 1, 2, 2, generator=generator)
+    result = PGD(steps=40)(Coin(), x, torch.zeros(100, dtype=torch.int64), Lp("linf", 0.1))
+    assert result.success.double().mean() <= (0.25 if chance == 0.4 else 0.02)
+
+
+def test_draws_of_auto_pgd_stop_where_a_sample_falls_or_cannot_pay(images):
+    from robustbench_lite.attacks import APGD
+
+    model = Noisy(spread=1.0)
     y = predict(Noisy(spread=0.0), images)
-    threat = Lp("linf", 0.05)
-    plain = PGD(steps=10, random_start=False)(model, images, y, threat)
-    averaged = PGD(steps=10, random_start=False, estimator=ExpectedGradient(20))(model, images, y, threat)
-    assert averaged.success.sum() >= plain.success.sum()
-    gain = cross_entropy(Noisy(0.0)(averaged.x_adv), Untargeted(y)) - cross_entropy(Noisy(0.0)(images), Untargeted(y))
-    assert (gain > 0)[averaged.distance != 0].all()
-    assert (averaged.distance != 0).sum() >= 8
+    for budget in (22, 60, 150, 500):
+        result = APGD(steps=5, eot=3)(model, images, y, Lp("linf", 0.1), max_queries=budget)
+        assert result.forwards.max() <= budget
+    fallen = APGD(steps=5, eot=20)(model, images, y, Lp("linf", 0.5))
+    assert fallen.success.any()
+    assert (fallen.forwards == fallen.first_success)[fallen.success].all()
