@@ -40,8 +40,8 @@ class Incumbent:
 
         Points outside the threat are ignored, whatever they achieve.
         """
-        merit = value.double().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        merit = torch.where(success, merit.clamp_min(torch.finfo(merit.dtype).min), merit)
+        floor = torch.finfo(torch.float64).min  # no loss is known
+        merit = value.double().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=floor)
         if self._minimise:
             x, threat = self._part(rows)
             merit = torch.where(success, -threat.distance(points, x), merit)

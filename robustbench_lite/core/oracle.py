@@ -288,7 +288,8 @@ class Oracle:
     def labels(self, points: Tensor, rows: Tensor, *, candidate: bool = True) -> Tensor:
         """Return the deployed model's answers, int64 (n,): one forward pass.
 
-        A candidate that fails ranks below any whose loss is known, and above the clean input.
+        A candidate that fails ranks below any whose loss is known: a search by labels that finds nothing leaves the
+        clean input.
 
         Raises:
             OutOfBudgetError: a row cannot pay.
@@ -300,7 +301,7 @@ class Oracle:
         return labels
 
     def judge_clean(self) -> None:
-        """Judge the clean inputs: one forward pass each. As failures they rank below every candidate."""
+        """Judge the clean inputs: one forward pass each. As failures they rank below any whose loss is known."""
         rows = self.standing()
         self._pay(rows, 1)
         self._judge(self.best, rows, self._predict(self.best, rows), self._constant(rows, -torch.inf))
