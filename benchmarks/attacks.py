@@ -2,6 +2,7 @@
 
     pip install -e '.[bench]'
     RBL_DATA=... OMP_NUM_THREADS=1 python benchmarks/attacks.py [--rows pgd,restarts,curve,apgd,square,grid,auto]
+    python benchmarks/attacks.py --device cuda --wide [--fast bf16|channels_last|compile|all]
 
 Each line: the median over paired runs of peer time / our time, our milliseconds, the share of samples that still stand
 after each of the two, and McNemar's exact p-value for the difference between what the two found. Times on a CPU are
@@ -18,20 +19,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from nets import Subject, subjects
+from nets import Subject, subjects, wide_resnet
 from peers import PEERS, Found
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import binomtest
 from torch import Tensor
 
-from robustbench_lite.attacks import APGD, PGD, AutoAttack, QuickAutoAttack, RotationTranslationGrid, Square
+from robustbench_lite.attacks import APGD, PGD, AutoAttack, Fast, QuickAutoAttack, RotationTranslationGrid, Square
 from robustbench_lite.attacks.base import Attack
 from robustbench_lite.attacks.security_curve import security_curve
 from robustbench_lite.core.models import predict
 from robustbench_lite.core.spatial import RotationTranslation
 from robustbench_lite.core.threats import Lp, Threat
 
+FAST = {
+    "bf16": {"dtype": torch.bfloat16},
+    "channels_last": {"channels_last": True},
+    "compile": {"compile": True},
+    "all": {"dtype": torch.bfloat16, "channels_last": True, "compile": True},
+}
 CURVE = 8  # budgets of a security curve, evenly spaced up to the subject's
 
 
@@ -50,13 +57,13 @@ def attack(
     method: Attack, threat: Callable[[Subject], Threat] = lambda s: Lp("linf", s.eps)
 ) -> Callable[[Subject], Found]:
     """Return a run of one of our attacks that gives the images it ends with."""
-    return lambda s: method(s.model, s.x, s.y, threat(s)).x_adv
+    return lambda s: method(s.model, s.x, s.y, threat(s), view=s.view).x_adv
 
 
 def curve(s: Subject) -> Found:
     """Run our security curve; a sample falls at the largest budget or before."""
     budgets = [s.eps * (i + 1) / CURVE for i in range(CURVE)]
-    found = security_curve(PGD(steps=40), s.model, s.x, s.y, Lp("linf", s.eps), eps=budgets)
+    found = security_curve(PGD(steps=40), s.model, s.x, s.y, Lp("linf", s.eps), eps=budgets, view=s.view)
     return found.success[-1]
 
 
@@ -134,9 +141,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--wide", action="store_true", help="a WideResNet-28-10 in place of the small nets")
+    parser.add_argument("--fast", choices=FAST, help="our side searches in this mode, and decides in float32")
     options = parser.parse_args()
     table = Table("work", "net", "peer", "peer / ours", "ours (ms)", "stand (ours)", "stand (peer)", "p")
-    nets = [s for s in subjects(options.images, options.device) if options.nets in s.name]
+    nets = [wide_resnet(options.images, options.device)] if options.wide else subjects(options.images, options.device)
+    nets = [s for s in nets if options.nets in s.name]
+    if options.fast:
+        nets = [replace(s, view=Fast(s.model, **FAST[options.fast])) for s in nets]
     console = Console(width=140)
     for row in (ROWS[name] for name in options.rows.split(",")):
         for s in filter(row.wanted, nets):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from robustbench_lite.core.models import predict
 from robustbench_lite.data import load_data
-from robustbench_lite.models import Normalize
+from robustbench_lite.models import Normalize, WideResNet
 from robustbench_lite.zoo import load_defense
 
 DATA = Path(os.environ.get("RBL_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -24,7 +24,7 @@ DATA = Path(os.environ.get("RBL_DATA", Path(__file__).parents[2] / "shared" / "d
 
 @dataclass(frozen=True)
 class Subject:
-    """A net, images (N, C, H, W) that it gets right, their labels (N,), and the linf budget to attack with."""
+    """A net, images (N, C, H, W) that it gets right, their labels (N,), the linf budget, and a fast view of the net."""
 
     name: str
     defended: bool
@@ -32,6 +32,7 @@ class Subject:
     x: Tensor
     y: Tensor
     eps: float
+    view: nn.Module | None = None
 
 
 class Block(nn.Module):
@@ -104,6 +105,17 @@ def resnet2b() -> nn.Module:
 def resnet20() -> nn.Module:
     """Return the undefended ResNet-20."""
     return _published("cifar_resnet20.th", ResNet20(), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+def wide_resnet(count: int, device: str) -> Subject:
+    """Return a WideResNet-28-10 at 32 x 32 with random weights: time hardly depends on them. Its answers are right."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = WideResNet(depth=28, widen_factor=10).to(device).eval()
+        x = torch.rand(count, 3, 32, 32).to(device)
+    with torch.no_grad():
+        y = torch.cat([predict(model, part) for part in x.split(64)])
+    return Subject("cifar/wide_resnet_28_10", False, model, x, y, 1 / 255)
 
 
 def subjects(count: int, device: str = "cpu") -> list[Subject]:
