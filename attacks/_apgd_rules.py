@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from robustbench_lite.attacks._apgd_schedule import Halving, Sparsity
+from robustbench_lite.core.norms import stuck
 from robustbench_lite.core.threats import Lp
 
 __all__ = ["Momentum", "Rule", "Sparse", "rule_for"]
@@ -84,9 +85,7 @@ class Sparse:
 
     def move(self, points: Tensor, gradient: Tensor) -> Tensor:
         """Return the next points (n, C, H, W), inside the threat."""
-        low, high = self._threat.bounds
-        stuck = ((points <= low) & (gradient < 0)) | ((points >= high) & (gradient > 0))
-        slopes = gradient.masked_fill(stuck, 0).flatten(1)
+        slopes = gradient.masked_fill(stuck(points, gradient, self._threat.bounds), 0).flatten(1)
         descending = slopes.abs().sort(dim=1, descending=True).values
         least = descending.gather(1, self._schedule.moved.unsqueeze(1) - 1)
         direction = (slopes.sign() * (slopes.abs() >= least)).reshape(points.shape)

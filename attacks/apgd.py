@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from robustbench_lite.attacks._apgd_climb import Climb
-from robustbench_lite.attacks._apgd_losses import LOSSES, Towards, likeliest_targets
 from robustbench_lite.attacks._apgd_rules import rule_for
+from robustbench_lite.attacks._targets import LOSSES, Towards, likeliest_targets
 from robustbench_lite.attacks.base import Attack
 from robustbench_lite.attacks.iterative import supports_steps
 from robustbench_lite.core.errors import lookup

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from robustbench_lite.attacks._fab_projections import NEAREST
+from robustbench_lite.attacks._targets import Towards, difference, likeliest_targets
 from robustbench_lite.attacks.base import Attack
 from robustbench_lite.core.goals import Goal, Targeted
 from robustbench_lite.core.losses import Loss, margin
@@ -83,7 +84,7 @@ class FABT(Attack):
         duels: list[tuple[Loss, Goal]] = [(margin, goal)]
         if not isinstance(goal, Targeted):
             rivals = self._rivals(oracle, rows, goal)
-            duels = [(_lead, _Duel(rival, goal.labels)) for rival in rivals]
+            duels = [(difference, Towards(goal.labels, rival)) for rival in rivals]
         for loss, aim in duels:
             for restart in range(self.restarts):
                 rows = oracle.standing(oracle.gradient_cost)
@@ -94,8 +95,7 @@ class FABT(Attack):
     def _rivals(self, oracle: Oracle, rows: Tensor, goal: Goal) -> list[Tensor]:
         """Return the classes to try, most likely first: labels int64 (B,) of the whole batch each."""
         logits = oracle.scores(oracle.x[rows], rows, candidate=False).nan_to_num(nan=-torch.inf)
-        logits = logits.scatter(1, goal.labels[rows].unsqueeze(1), -torch.inf)
-        classes = logits.topk(min(self.target_classes, logits.shape[1] - 1), dim=1).indices
+        classes = likeliest_targets(logits, goal.labels[rows], self.target_classes)
         return [goal.labels.index_copy(0, rows, column) for column in classes.T]
 
     @staticmethod
@@ -170,18 +170,3 @@ class FABT(Attack):
         alpha = (here / (here + there)).clamp_max(self.alpha_max)
         stepped: Tensor = (1 - alpha) * (at + self.eta * move) + alpha * (clean + self.eta * move_clean)
         return stepped.clamp(low, high).reshape(points.shape)
-
-
-@dataclass(frozen=True, eq=False)
-class _Duel(Targeted):
-    """Raise the logit of `labels` above that of `against`, both int64 (B,)."""
-
-    against: Tensor
-
-    def take(self, keep: Tensor | slice) -> _Duel:
-        return _Duel(self.labels[keep], self.against[keep])
-
-
-def _lead(logits: Tensor, goal: Goal) -> Tensor:
-    chosen, against = (logits.gather(1, c.unsqueeze(1)).squeeze(1) for c in (goal.labels, cast(_Duel, goal).against))
-    return chosen - against

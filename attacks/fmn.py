@@ -28,7 +28,7 @@ from torch import Tensor
 from robustbench_lite.attacks.base import Attack
 from robustbench_lite.core.goals import Goal, Targeted
 from robustbench_lite.core.losses import margin
-from robustbench_lite.core.norms import NORMS
+from robustbench_lite.core.norms import NORMS, stuck
 from robustbench_lite.core.oracle import Oracle
 from robustbench_lite.core.rng import Streams
 from robustbench_lite.core.threats import Lp, Threat
@@ -137,9 +137,7 @@ class _Search:
 
         Entries at an image bound whose gradient points out of it could not move, and would use the step up.
         """
-        low, high = self.threat.bounds
-        stuck = ((self.points <= low) & (gradient < 0)) | ((self.points >= high) & (gradient > 0))
-        gradient = gradient.masked_fill(stuck, 0)
+        gradient = gradient.masked_fill(stuck(self.points, gradient, self.threat.bounds), 0)
         step = length * NORMS["l2"].steepest(gradient, None)
         distance = self.threat.distance(self.points, self.x).to(self.radius.dtype)
         nearest = torch.where(fooled, torch.minimum(self.nearest, distance), self.nearest)

@@ -23,7 +23,7 @@ from torch import Tensor
 from robustbench_lite.attacks.base import Attack
 from robustbench_lite.core.goals import Goal
 from robustbench_lite.core.losses import loss_named
-from robustbench_lite.core.norms import NORMS
+from robustbench_lite.core.norms import NORMS, stuck
 from robustbench_lite.core.oracle import Oracle
 from robustbench_lite.core.rng import Streams
 from robustbench_lite.core.threats import Lp, Threat
@@ -100,9 +100,9 @@ class LagrangianAttack(Attack):
         assert isinstance(threat, Lp)
         eps = threat.radius(x)
         low, high = threat.bounds
-        stuck = ((points <= low) & (gradient < 0)) | ((points >= high) & (gradient > 0))
-        rise = NORMS["l2"].steepest(gradient.masked_fill(stuck, 0), None)
-        rise = torch.where(stuck, gradient.sign(), rise)  # held at the bound, against the penalty
+        held = stuck(points, gradient, threat.bounds)
+        rise = NORMS["l2"].steepest(gradient.masked_fill(held, 0), None)
+        rise = torch.where(held, gradient.sign(), rise)  # held at the bound, against the penalty
         points = (points + share * (eps * rise - multiplier * (points - x))).clamp(low, high)
         length = NORMS["l2"].size(points - x).reshape(-1, 1, 1, 1) / torch.where(eps > 0, eps, 1)
         return points, (multiplier + self.rho * share * (length.square() - 1) / 2).clamp_min(0)

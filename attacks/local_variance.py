@@ -21,6 +21,7 @@ from torch import Tensor
 from robustbench_lite.attacks.base import Attack
 from robustbench_lite.core.checks import parse_number
 from robustbench_lite.core.goals import Goal, Targeted
+from robustbench_lite.core.norms import stuck
 from robustbench_lite.core.oracle import Oracle
 from robustbench_lite.core.rng import Streams
 from robustbench_lite.core.threats import Threat
@@ -91,13 +92,11 @@ class LocalVariance(Attack):
 
     def _change(self, points: Tensor, gradient: Tensor, ball: WeightedLp) -> Tensor:
         """Move the entries of the highest priority up the gradient, within the bounds."""
-        low, high = ball.bounds
-        stuck = ((points <= low) & (gradient < 0)) | ((points >= high) & (gradient > 0))
-        gradient = gradient.masked_fill(stuck, 0)
+        gradient = gradient.masked_fill(stuck(points, gradient, ball.bounds), 0)
         priority = (gradient.double().abs() / ball.weights(points)).flatten(1)
         top = priority.topk(min(self.pixels, priority.shape[1]), dim=1).indices
         chosen = torch.zeros_like(priority, dtype=torch.bool).scatter_(1, top, True).reshape(points.shape)
-        return (points + parse_number(self.step_size) * gradient.sign() * chosen).clamp(low, high)
+        return (points + parse_number(self.step_size) * gradient.sign() * chosen).clamp(*ball.bounds)
 
     @staticmethod
     def _judge(oracle: Oracle, rows: Tensor, points: Tensor) -> None:

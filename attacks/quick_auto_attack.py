@@ -20,7 +20,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from robustbench_lite.attacks._apgd_losses import Towards, difference, likeliest_targets
+from robustbench_lite.attacks._targets import Towards, difference, likeliest_targets
 from robustbench_lite.attacks.apgd import APGD
 from robustbench_lite.attacks.base import Attack
 from robustbench_lite.attacks.fabt import FABT

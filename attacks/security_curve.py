@@ -108,6 +108,7 @@ def security_curve(
     view: Model | None = None,
     indices: Tensor | None = None,
     generator: torch.Generator | None = None,
+    memory_budget: int | None = None,
 ) -> SecurityCurve:
     """Attack at each budget in turn, from small to large, the samples that still stand.
 
@@ -122,6 +123,7 @@ def security_curve(
         view: a differentiable stand-in to take gradients from.
         indices: the samples' names for their random streams, int64 (B,); default 0 .. B - 1.
         generator: the source of randomness, one draw a budget; None: a fresh one with seed 0.
+        memory_budget: bytes that questions to the model may take, as for an attack.
 
     Raises:
         TypeError: images or labels of the wrong type.
@@ -137,7 +139,7 @@ def security_curve(
     x_adv = x.detach().clone()
     forwards = torch.zeros((len(budgets), len(x)), dtype=torch.int64, device=x.device)
     backwards = forwards.clone()
-    with Oracle(model, x.detach(), goal, threats[0]) as oracle:
+    with Oracle(model, x.detach(), goal, threats[0], memory_budget=memory_budget) as oracle:
         if len(x):
             oracle.judge_clean()
         smallest[oracle.found.fallen], forwards[0] = 0, oracle.forwards
@@ -152,6 +154,7 @@ def security_curve(
             max_queries=max_queries,
             indices=names[rows.to(names.device)],
             generator=source,
+            memory_budget=memory_budget,
         )
         fallen = rows[result.success]
         smallest[fallen], x_adv[fallen] = budget, result.x_adv[result.success]

@@ -106,6 +106,7 @@ def transfer_matrix(
     *,
     indices: Tensor | None = None,
     generator: torch.Generator | None = None,
+    memory_budget: int | None = None,
 ) -> pd.DataFrame:
     """Craft on each model, judge on each, and return the success rates: rows are surrogates, columns targets.
 
@@ -122,6 +123,7 @@ def transfer_matrix(
         threat: where points must lie; with a budget.
         indices: the samples' names for their random streams, int64 (B,); default 0 .. B - 1.
         generator: the source of randomness, one draw a call; None: a fresh one with seed 0.
+        memory_budget: bytes that questions to a model may take, as for an attack.
 
     Raises:
         ValueError: a threat that the attack does not support or that has no budget, no models, or unfit images,
@@ -142,7 +144,8 @@ def transfer_matrix(
     streams = Streams.from_generator(generator, names, x.device)
     rates = {}
     for name, surrogate in models.items():
-        points = _craft(attack, Ensemble([surrogate]), x, goal, threat, streams.fork(0))
+        crowd, own = Ensemble([surrogate]), streams.fork(0)
+        points = _craft(attack, crowd, x, goal, threat, own, memory_budget=memory_budget)
         rates[name] = {target: _rate(model, x, goal, threat, points) for target, model in models.items()}
     matrix = pd.DataFrame.from_dict(rates, orient="index", columns=list(models))
     return matrix.rename_axis(index="surrogate", columns="target")

@@ -1,10 +1,11 @@
 """The tables that operators enter themselves into, and what their functions look like.
 
-An operator file has up to three parts, each under its decorator:
+An operator file has up to four parts, each under its decorator:
 
 - `spelled(...)`: how torch functions, tensor methods and ATen overloads are brought into the representation;
 - `layer(...)`: the same for a torch.nn class;
-- `interval(...)`: the rule of interval bounds.
+- `interval(...)`: the rule of interval bounds;
+- `lines(...)`: for an activation, the lines that linear bounds put in its place.
 """
 
 from __future__ import annotations
@@ -16,8 +17,22 @@ from torch import Tensor, nn
 
 from robustbench_lite.certify.intervals import Interval
 from robustbench_lite.certify.ir import Node
+from robustbench_lite.certify.lines import Lines
 
-__all__ = ["FUNCTIONS", "INTERVAL", "LAYERS", "METHODS", "Build", "Value", "interval", "layer", "spelled", "supported"]
+__all__ = [
+    "FUNCTIONS",
+    "INTERVAL",
+    "LAYERS",
+    "LINES",
+    "METHODS",
+    "Build",
+    "Value",
+    "interval",
+    "layer",
+    "lines",
+    "spelled",
+    "supported",
+]
 
 Value: TypeAlias = Interval | Tensor
 
@@ -41,11 +56,13 @@ Lowering: TypeAlias = Callable[..., Node]
 Rule: TypeAlias = Callable[..., Interval]
 L = TypeVar("L", bound=Callable[..., Node])
 R = TypeVar("R", bound=Callable[..., Interval])
+LineRule: TypeAlias = Callable[[Node, Interval], Lines]
 
 FUNCTIONS: dict[Any, Lowering] = {}  # called as lowering(build, *args, **kwargs), as the torch function would be
 METHODS: dict[str, Lowering] = {}
 LAYERS: dict[type[nn.Module], Lowering] = {}  # called as lowering(build, module, input)
 INTERVAL: dict[str, Rule] = {}  # called as rule(node, *values)
+LINES: dict[str, LineRule] = {}  # called as rule(node, interval of the operand)
 
 
 def spelled(*functions: Any, methods: tuple[str, ...] = ()) -> Callable[[L], L]:
@@ -76,6 +93,18 @@ def interval(op: str) -> Callable[[R], R]:
         if op in INTERVAL:
             raise ValueError(f"two interval rules for {op!r}")
         INTERVAL[op] = rule
+        return rule
+
+    return register
+
+
+def lines(op: str) -> Callable[[LineRule], LineRule]:
+    """Register the lines around an activation: a function of the node and the box of its operand."""
+
+    def register(rule: LineRule) -> LineRule:
+        if op in LINES:
+            raise ValueError(f"two line rules for {op!r}")
+        LINES[op] = rule
         return rule
 
     return register

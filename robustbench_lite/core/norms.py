@@ -13,7 +13,12 @@ from torch import Tensor
 
 from robustbench_lite.core.rng import Streams
 
-__all__ = ["L0_BY_COORDINATE", "NORMS", "Norm"]
+__all__ = ["L0_BY_COORDINATE", "NORMS", "Norm", "stuck"]
+
+
+def stuck(points: Tensor, gradient: Tensor, bounds: tuple[float, float]) -> Tensor:
+    """Say which entries lie at an image bound with a gradient that points out of it: they cannot move up it."""
+    return ((points <= bounds[0]) & (gradient < 0)) | ((points >= bounds[1]) & (gradient > 0))
 
 
 class Norm(Protocol):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from robustbench_lite.core.checks import parse_number
 from robustbench_lite.core.errors import lookup
-from robustbench_lite.core.norms import L0_BY_COORDINATE, NORMS, Norm
+from robustbench_lite.core.norms import L0_BY_COORDINATE, NORMS, Norm, stuck
 from robustbench_lite.core.rng import Streams
 
 __all__ = ["TOLERANCE", "Lp", "Projector", "Threat", "ordered_bounds"]
@@ -320,6 +320,5 @@ class Lp(Threat):
                 (they could not move, and would use the step up).
         """
         if self.norm == "l1" and at is not None:
-            stuck = ((at <= self.bounds[0]) & (gradient < 0)) | ((at >= self.bounds[1]) & (gradient > 0))
-            gradient = gradient.masked_fill(stuck, 0)
+            gradient = gradient.masked_fill(stuck(at, gradient, self.bounds), 0)
         return self._geometry.steepest(gradient, density)

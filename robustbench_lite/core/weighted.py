@@ -20,7 +20,7 @@ from torch import Tensor
 
 from robustbench_lite.core.checks import parse_number
 from robustbench_lite.core.errors import lookup
-from robustbench_lite.core.norms import NORMS, Norm
+from robustbench_lite.core.norms import NORMS, Norm, stuck
 from robustbench_lite.core.rng import Streams
 from robustbench_lite.core.threats import TOLERANCE, Threat, ordered_bounds
 
@@ -226,7 +226,6 @@ class WeightedLp(Threat):
         if self._weights is None:
             raise ValueError("the steepest direction depends on the clean images: use threat.around(x)")
         if self.norm == "l1" and at is not None:
-            stuck = ((at <= self.bounds[0]) & (gradient < 0)) | ((at >= self.bounds[1]) & (gradient > 0))
-            gradient = gradient.masked_fill(stuck, 0)
+            gradient = gradient.masked_fill(stuck(at, gradient, self.bounds), 0)
         stretched = self._geometry.steepest(gradient.double() / self._weights, density)
         return (stretched / self._weights).to(gradient.dtype)

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from robustbench_lite.attacks import APGD, PGD
-from robustbench_lite.attacks._apgd_losses import LOSSES, Towards, likeliest_targets
 from robustbench_lite.attacks._apgd_rules import rule_for
 from robustbench_lite.attacks._apgd_schedule import Halving, Sparsity, checkpoints
+from robustbench_lite.attacks._targets import LOSSES, Towards, likeliest_targets
 from robustbench_lite.core.goals import Targeted, Untargeted
 from robustbench_lite.core.losses import dlr, margin
 from robustbench_lite.core.models import predict

@@ -1,0 +1,45 @@
+"""Lines around an activation: what linear bounds put in the place of a function that is not linear.
+
+Over an interval l <= t <= u every activation f is held between two lines,
+
+    lower_slope * t + lower_shift <= f(t) <= upper_slope * t + upper_shift,
+
+one pair for each neuron. A lower bound of a * f(t) takes the lower line where a > 0 and the upper line where a < 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["Lines"]
+
+
+@dataclass(frozen=True, eq=False)
+class Lines:
+    """Two lines a neuron; all tensors have the shape (B, ...) of the activation's input.
+
+    Attributes:
+        lower_slope: of the line below.
+        lower_shift: of the line below.
+        upper_slope: of the line above.
+        upper_shift: of the line above.
+        free: bool, where every slope between `least` and `most` makes a line through the origin below f: there
+            an optimiser may choose the lower slope of each row of bounds (`AlphaCROWN`). None: nowhere.
+        least: smallest such slope.
+        most: largest such slope.
+    """
+
+    lower_slope: Tensor
+    lower_shift: Tensor
+    upper_slope: Tensor
+    upper_shift: Tensor
+    free: Tensor | None = None
+    least: float = 0.0
+    most: float = 1.0
+
+    @property
+    def exact(self) -> Tensor:
+        """Where both lines are the same, bool: tighter bounds of the input gain nothing there."""
+        return (self.lower_slope == self.upper_slope) & (self.lower_shift == self.upper_shift)
