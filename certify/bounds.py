@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from robustbench_lite.certify.graph import graph_of, uncompiled
-from robustbench_lite.certify.inputs import input_set
+from robustbench_lite.certify.inputs import NORMS, input_region
 from robustbench_lite.certify.precision import full_precision
 from robustbench_lite.certify.propagate import propagate
 from robustbench_lite.core.errors import lookup
@@ -76,7 +76,7 @@ def unchecked_bounds(
     walk = lookup(method, METHODS, "bound method")
     if return_linear:
         raise ValueError(f"{method} bounds are plain numbers, without linear coefficients; leave return_linear out")
-    box = input_set(threat_or_box, x)
+    box = input_region(threat_or_box, x, NORMS).interval()
     _check_device(model, box.lower)
     graph = graph_of(model, box.lower)
     model = uncompiled(model)

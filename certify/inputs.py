@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from robustbench_lite.certify.intervals import Ball, Interval
+from robustbench_lite.certify.region import Region
 from robustbench_lite.core.checks import check_images
 from robustbench_lite.core.threats import Lp, Threat
 
@@ -14,8 +13,8 @@ __all__: list[str] = []
 NORMS = ("linf", "l2", "l1")
 
 
-def input_set(threat_or_box: Threat | tuple[Tensor, Tensor], x: Tensor | None) -> Interval:
-    """Return the box (and for l2 and l1 the ball) of inputs.
+def input_region(threat_or_box: Threat | tuple[Tensor, Tensor], x: Tensor | None, norms: tuple[str, ...]) -> Region:
+    """Return the set of inputs: a box, or a ball of one of these norms cut by the image bounds.
 
     Raises:
         TypeError: neither a threat nor a pair of tensors.
@@ -23,30 +22,30 @@ def input_set(threat_or_box: Threat | tuple[Tensor, Tensor], x: Tensor | None) -
             above upper.
     """
     if isinstance(threat_or_box, Threat):
-        return _threat_set(threat_or_box, x)
+        return _threat_region(threat_or_box, x, norms)
     if not isinstance(threat_or_box, (tuple, list)) or len(threat_or_box) != 2:
         raise TypeError(f"expected a threat or a box (lower, upper), got {type(threat_or_box).__name__}")
     if x is not None:
         raise ValueError("x goes with a threat; a box (lower, upper) says all by itself")
     lower, upper = threat_or_box
     _check_box(lower, upper)
-    return Interval(lower, upper)
+    return Region(lower, upper)
 
 
-def _threat_set(threat: Threat, x: Tensor | None) -> Interval:
+def _threat_region(threat: Threat, x: Tensor | None, norms: tuple[str, ...]) -> Region:
     if x is None:
         raise ValueError("a threat is a set around images: give them as x=...")
-    if not isinstance(threat, Lp) or threat.norm not in NORMS:
-        raise ValueError(f"interval bounds start from Lp threats of norm {', '.join(NORMS)}; got {threat.name}")
+    if not isinstance(threat, Lp) or threat.norm not in norms:
+        raise ValueError(f"these bounds start from Lp threats of norm {', '.join(norms)}; got {threat.name}")
     _check_tensor("x", x)
     check_images(x, threat.bounds)
     x = x.clamp(*threat.bounds)  # by the tolerance of that check at most; no point within the bounds gets farther away
     lower, upper = threat.box(x)
     _check_box(lower, upper)
     if threat.norm == "linf":
-        return Interval(lower, upper)
+        return Region(lower, upper)
     eps = threat.radius(x).reshape(-1).expand(len(x))
-    return Interval(lower, upper, Ball(threat.norm, eps, x, torch.ones_like(x[:1])))
+    return Region(lower, upper, threat.norm, x, eps, threat.per)
 
 
 def _check_tensor(name: str, value: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,11 +11,18 @@ from robustbench_lite.certify.intervals import Interval
 from robustbench_lite.certify.ir import Graph, Node
 from robustbench_lite.certify.operators import registry
 from robustbench_lite.certify.operators.linear import affine_image
+from robustbench_lite.certify.operators.registry import Value
 
 __all__: list[str] = []
 
 
-def propagate(graph: Graph, model: nn.Module, box: Interval, C: Tensor | None = None) -> Interval:
+def propagate(
+    graph: Graph,
+    model: nn.Module,
+    box: Interval,
+    C: Tensor | None = None,
+    keep: Callable[[Node, Value], Value] | None = None,
+) -> Interval:
     """Return the box around C z(x), or around the logits z(x) where C is None, for all x in `box`.
 
     A last Linear layer is merged with C before it is bounded ("elided"): what two logits share cancels.
@@ -24,6 +32,7 @@ def propagate(graph: Graph, model: nn.Module, box: Interval, C: Tensor | None = 
         model: its parameters are read now.
         box: of images (B, C, H, W).
         C: specification (S, K) or (B, S, K).
+        keep: called with each node and its value, whose answer takes the value's place: a way to see and tighten them.
     """
     values: list[Any] = [None] * len(graph.nodes)
     last = graph.nodes[graph.output]
@@ -34,7 +43,8 @@ def propagate(graph: Graph, model: nn.Module, box: Interval, C: Tensor | None = 
         operands = [values[i] for i in node.inputs]
         if elide and node is last and C is not None:
             return _elided(C, *operands)
-        values[node.index] = _value(graph, node, operands, model, box)
+        value = _value(graph, node, operands, model, box)
+        values[node.index] = value if keep is None else keep(node, value)
         for i in node.inputs:
             if graph.last_use[i] == node.index:
                 values[i] = None
@@ -42,7 +52,7 @@ def propagate(graph: Graph, model: nn.Module, box: Interval, C: Tensor | None = 
     return logits if C is None else affine_image(logits, C, None)
 
 
-def _value(graph: Graph, node: Node, operands: list[Any], model: nn.Module, box: Interval) -> Interval | Tensor:
+def _value(graph: Graph, node: Node, operands: list[Any], model: nn.Module, box: Interval) -> Value:
     if node.op == "input":
         return box
     if not node.varies:

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from robustbench_lite.certify.intervals import Interval
 from robustbench_lite.certify.ir import Node
 from robustbench_lite.certify.operators.elementwise import scaled
-from robustbench_lite.certify.operators.registry import Build, Value, interval, layer, spelled
+from robustbench_lite.certify.operators.registry import Build, Pulled, Value, interval, layer, linear, spelled
+from robustbench_lite.certify.rows import Rows
 
 __all__ = ["factor_and_shift"]
 
@@ -81,3 +82,10 @@ def interval_batch_norm(node: Node, z: Value, mean: Value, variance: Value, *wei
     if not isinstance(z, Interval) or len(fixed) != 2 + len(weights):
         raise TypeError("only the input of BatchNorm may vary, not its statistics")
     return scaled(z, *factor_and_shift(node, *fixed))
+
+
+@linear("batch_norm")
+def linear_batch_norm(node: Node, rows: Rows, z: Value, *statistics: Tensor) -> Pulled:
+    """Return the rows a times the factor, and a times the shift."""
+    factor, shift = factor_and_shift(node, *statistics)
+    return (rows.scaled(factor), *[None] * len(statistics)), rows.dot(shift)

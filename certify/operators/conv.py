@@ -6,6 +6,7 @@ conv(scale^2, W^2), zero padding included; for l1 the largest weight among the t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch.nn.modules.utils import _pair
 
 from robustbench_lite.certify.intervals import Ball, Interval
 from robustbench_lite.certify.ir import Node
-from robustbench_lite.certify.operators.registry import Build, Value, interval, layer, spelled
+from robustbench_lite.certify.operators.registry import Build, Pulled, Value, interval, layer, linear, spelled
+from robustbench_lite.certify.rows import Dense, OneHot, Patch, Rows
 
 __all__: list[str] = []
 
@@ -116,3 +118,62 @@ def _l1_gain(ball: Ball, weight: Tensor, node: Node) -> Tensor:
     # One output channel at a time: all at once would hold outputs x taps x positions numbers.
     gains = [(row * block).amax(dim=0) for block, own in zip(blocks, rows, strict=True) for row in own]
     return torch.stack(gains).reshape(1, len(weight), *node.shape[1:])
+
+
+@linear("conv2d")
+def linear_conv2d(node: Node, rows: Rows, z: Interval, weight: Tensor, bias: Tensor | None = None) -> Pulled:
+    """Return the transposed convolution of the rows, and the shift a b."""
+    fixed = (None,) * (len(node.inputs) - 1)
+    shift = None if bias is None else rows.dot(bias.reshape(1, -1, 1, 1))
+    return (transposed_conv2d(rows, weight, tuple(z.lower.shape[1:]), node.attributes), *fixed), shift
+
+
+def transposed_conv2d(rows: Rows, weight: Tensor, shape: tuple[int, ...], fixed: Mapping[str, Any]) -> Rows:
+    """Return rows over the value of a convolution as rows over its input.
+
+    Args:
+        rows: over the output (O, H', W').
+        weight: (O, I / groups, h, w).
+        shape: of the input, (I, H, W).
+        fixed: stride, padding and dilation, pairs, and groups.
+    """
+    if isinstance(rows, OneHot) and fixed["groups"] == 1:
+        return _kernels(rows, weight, shape, fixed)
+    if isinstance(rows, OneHot):
+        rows = rows.patch()
+    stride, padding, dilation, groups = (fixed[name] for name in ("stride", "padding", "dilation", "groups"))
+    if isinstance(rows, Patch):
+        values = F.conv_transpose2d(rows.values, weight, None, stride, 0, 0, groups, dilation)
+        return _moved(rows, values, shape, fixed).trimmed()
+    reached = [
+        (size - 1) * s - 2 * p + d * (k - 1) + 1
+        for size, s, p, d, k in zip(rows.shape[1:], stride, padding, dilation, weight.shape[-2:], strict=True)
+    ]
+    rest = [size - end for size, end in zip(shape[1:], reached, strict=True)]
+    # A remainder that no window reaches may be as large as the stride, which conv_transpose2d refuses: pad by hand.
+    values = F.conv_transpose2d(rows.dense().values, weight, None, stride, padding, 0, groups, dilation)
+    return Dense(F.pad(values, (0, rest[1], 0, rest[0])) if any(rest) else values, rows.owner, shape)
+
+
+def _kernels(rows: OneHot, weight: Tensor, shape: tuple[int, ...], fixed: Mapping[str, Any]) -> Rows:
+    """Return the kernels of single neurons: no transposed convolution is needed."""
+    channel = rows.index // (rows.shape[1] * rows.shape[2])
+    kernels = weight.index_select(0, channel) * rows.values.reshape(-1, 1, 1, 1)
+    if fixed["dilation"] != (1, 1):
+        kernels = _dilated(kernels, fixed["dilation"])
+    return _moved(rows.patch(), kernels, shape, fixed).trimmed()
+
+
+def _dilated(kernels: Tensor, dilation: tuple[int, int]) -> Tensor:
+    height, width = ((size - 1) * d + 1 for size, d in zip(kernels.shape[-2:], dilation, strict=True))
+    spread = kernels.new_zeros(*kernels.shape[:2], height, width)
+    spread[:, :, :: dilation[0], :: dilation[1]] = kernels
+    return spread
+
+
+def _moved(rows: Patch, values: Tensor, shape: tuple[int, ...], fixed: Mapping[str, Any]) -> Patch:
+    """Return windows on the input of a convolution that stand below windows on its output."""
+    (sy, sx), (py, px) = fixed["stride"], fixed["padding"]
+    stride = rows.stride[0] * sy, rows.stride[1] * sx
+    offset = rows.offset[0] * sy - py, rows.offset[1] * sx - px
+    return Patch(values, rows.owner, shape, rows.place, stride, offset)

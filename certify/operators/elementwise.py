@@ -7,6 +7,7 @@ fixed operand: centre k c, radius |k| r.
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from robustbench_lite.certify.intervals import Ball, Interval
 from robustbench_lite.certify.ir import Node
-from robustbench_lite.certify.operators.registry import Build, Value, interval, spelled
+from robustbench_lite.certify.operators.registry import Build, Pulled, Value, interval, linear, spelled
+from robustbench_lite.certify.rows import Rows
+from robustbench_lite.certify.transpose import transposed
 
 __all__ = ["scaled"]
 
@@ -130,3 +133,54 @@ def interval_div(node: Node, z: Value, divisor: Value) -> Interval:
     if z.ball is not None and centre.shape == z.lower.shape:
         ball = Ball(z.ball.norm, z.ball.eps, z.ball.centre / divisor, z.ball.scale / divisor)
     return Interval.around(centre, z.radius / divisor.abs(), ball)
+
+
+@linear("add")
+def linear_add(node: Node, rows: Rows, a: Value, b: Value) -> Pulled:
+    """Return the rows for every varying term; a fixed one is a shift."""
+    return _terms(rows, rows, a, b)
+
+
+@linear("sub")
+def linear_sub(node: Node, rows: Rows, a: Value, b: Value) -> Pulled:
+    """Return the rows for the first term and their negative for the second."""
+    return _terms(rows, replace(rows, values=-rows.values), a, b)
+
+
+@linear("mul")
+def linear_mul(node: Node, rows: Rows, z: Interval, factor: Tensor) -> Pulled:
+    """Return the rows times the factor."""
+    return (_over(z, rows.scaled(_aligned(factor, rows))), None), None
+
+
+@linear("div")
+def linear_div(node: Node, rows: Rows, z: Interval, divisor: Tensor) -> Pulled:
+    """Return the rows divided by the divisor."""
+    return (_over(z, rows.scaled(_aligned(1 / divisor, rows))), None), None
+
+
+def _terms(rows: Rows, second: Rows, a: Value, b: Value) -> Pulled:
+    parts: list[Rows | None] = []
+    shift: Tensor | None = None
+    for own, value in ((rows, a), (second, b)):
+        if isinstance(value, Interval):
+            parts.append(_over(value, own))
+        else:
+            parts.append(None)
+            shift = own.dot(_aligned(value, own))
+    return tuple(parts), shift
+
+
+def _aligned(value: Tensor, rows: Rows) -> Tensor:
+    """Return a fixed operand with a batch dimension, so that it broadcasts to (1, *shape)."""
+    missing = len(rows.shape) + 1 - value.ndim
+    return value.reshape(*[1] * missing, *value.shape)
+
+
+def _over(z: Interval, rows: Rows) -> Rows:
+    """Return rows over a sum or product as rows over an operand that was broadcast to its shape."""
+    shape = tuple(z.lower.shape[1:])
+    if shape == rows.shape:
+        return rows
+    zero = z.lower.new_zeros(1, *rows.shape)
+    return transposed(lambda t: t + zero, rows, shape)

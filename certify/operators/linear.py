@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from robustbench_lite.certify.intervals import Ball, Interval
 from robustbench_lite.certify.ir import Node
-from robustbench_lite.certify.operators.registry import Build, Value, interval, layer, spelled
+from robustbench_lite.certify.operators.registry import Build, Pulled, Value, interval, layer, linear, spelled
+from robustbench_lite.certify.rows import Dense, OneHot, Rows
 
 __all__ = ["affine_image"]
 
@@ -71,3 +72,17 @@ def _ball_image(ball: Ball, weight: Tensor, bias: Tensor | None) -> Interval:
     rows = weight * ball.scale
     size = torch.linalg.vector_norm(rows, dim=-1) if ball.norm == "l2" else rows.abs().amax(dim=-1)
     return Interval.around(_apply(ball.centre, weight, bias), ball.eps.unsqueeze(1) * size)
+
+
+@linear("linear")
+def linear_linear(node: Node, rows: Rows, z: Value, weight: Tensor, bias: Tensor | None = None) -> Pulled:
+    """Return the rows a W, and the shift a b."""
+    fixed = (None,) * (len(node.inputs) - 1)
+    if isinstance(rows, OneHot) and len(rows.shape) == 1:
+        values = weight[rows.index] * rows.values.unsqueeze(1)
+        shift = None if bias is None else bias[rows.index] * rows.values
+    else:
+        a = rows.dense().values
+        values = a @ weight
+        shift = None if bias is None else (a @ bias).flatten(1).sum(1) if a.ndim > 2 else a @ bias
+    return (Dense(values, rows.owner, tuple(values.shape[1:])), *fixed), shift

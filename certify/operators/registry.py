@@ -5,7 +5,8 @@ An operator file has up to four parts, each under its decorator:
 - `spelled(...)`: how torch functions, tensor methods and ATen overloads are brought into the representation;
 - `layer(...)`: the same for a torch.nn class;
 - `interval(...)`: the rule of interval bounds;
-- `lines(...)`: for an activation, the lines that linear bounds put in its place.
+- `lines(...)`: for an activation, the lines that linear bounds put in its place; or
+- `linear(...)`: for any other operator, how rows of coefficients over its value become rows over its operands.
 """
 
 from __future__ import annotations
@@ -18,23 +19,29 @@ from torch import Tensor, nn
 from robustbench_lite.certify.intervals import Interval
 from robustbench_lite.certify.ir import Node
 from robustbench_lite.certify.lines import Lines
+from robustbench_lite.certify.rows import Rows
 
 __all__ = [
     "FUNCTIONS",
     "INTERVAL",
     "LAYERS",
+    "LINEAR",
     "LINES",
     "METHODS",
+    "WANTED",
     "Build",
+    "Pulled",
     "Value",
     "interval",
     "layer",
+    "linear",
     "lines",
     "spelled",
     "supported",
 ]
 
 Value: TypeAlias = Interval | Tensor
+Pulled: TypeAlias = tuple[tuple[Rows | None, ...], Tensor | None]  # rows over each operand, None if fixed; shift (N,)
 
 
 class Build(Protocol):
@@ -57,12 +64,16 @@ Rule: TypeAlias = Callable[..., Interval]
 L = TypeVar("L", bound=Callable[..., Node])
 R = TypeVar("R", bound=Callable[..., Interval])
 LineRule: TypeAlias = Callable[[Node, Interval], Lines]
+Want: TypeAlias = Callable[[Node, Interval], Tensor]
+P = TypeVar("P", bound=Callable[..., Pulled])
 
 FUNCTIONS: dict[Any, Lowering] = {}  # called as lowering(build, *args, **kwargs), as the torch function would be
 METHODS: dict[str, Lowering] = {}
 LAYERS: dict[type[nn.Module], Lowering] = {}  # called as lowering(build, module, input)
 INTERVAL: dict[str, Rule] = {}  # called as rule(node, *values)
-LINES: dict[str, LineRule] = {}  # called as rule(node, interval of the operand)
+LINES: dict[str, LineRule] = {}  # called as rule(node, box of the operand)
+LINEAR: dict[str, Callable[..., Pulled]] = {}  # called as rule(node, rows, *values)
+WANTED: dict[str, Want] = {}  # called as rule(node, box of the operand)
 
 
 def spelled(*functions: Any, methods: tuple[str, ...] = ()) -> Callable[[L], L]:
@@ -105,6 +116,25 @@ def lines(op: str) -> Callable[[LineRule], LineRule]:
         if op in LINES:
             raise ValueError(f"two line rules for {op!r}")
         LINES[op] = rule
+        return rule
+
+    return register
+
+
+def linear(op: str, wanted: Want | None = None) -> Callable[[P], P]:
+    """Register how rows over an operator's value become rows over its operands, a lower bound of them, and a shift.
+
+    Args:
+        op: name of the operator.
+        wanted: for an operator that is not affine, where it gains from a tighter box of its operand: bool (B, ...).
+    """
+
+    def register(rule: P) -> P:
+        if op in LINEAR:
+            raise ValueError(f"two linear rules for {op!r}")
+        LINEAR[op] = rule
+        if wanted is not None:
+            WANTED[op] = wanted
         return rule
 
     return register

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from robustbench_lite.certify.intervals import Interval
 from robustbench_lite.certify.ir import Node
-from robustbench_lite.certify.operators.registry import Build, Value, interval, layer, spelled
+from robustbench_lite.certify.operators.registry import Build, Pulled, Value, interval, layer, linear, spelled
+from robustbench_lite.certify.rows import Dense, OneHot, Rows
+from robustbench_lite.certify.transpose import transposed
 
 __all__: list[str] = []
 
@@ -104,3 +107,24 @@ def interval_permute(node: Node, z: Value) -> Interval:
 def interval_index(node: Node, z: Value) -> Interval:
     """Return the chosen coordinates of the box."""
     return _varying(z).images(lambda t: t[node.attributes["index"]])
+
+
+@linear("reshape")
+def linear_reshape(node: Node, rows: Rows, z: Interval) -> Pulled:
+    """Return the rows in the shape of the operand."""
+    shape = tuple(z.lower.shape[1:])
+    if isinstance(rows, OneHot):
+        return (replace(rows, shape=shape),), None
+    return (Dense(rows.dense().values.reshape(len(rows), *shape), rows.owner, shape),), None
+
+
+@linear("permute")
+def linear_permute(node: Node, rows: Rows, z: Interval) -> Pulled:
+    """Return the rows in the order of the operand."""
+    return (transposed(lambda t: t.permute(node.attributes["dims"]), rows, tuple(z.lower.shape[1:])),), None
+
+
+@linear("index")
+def linear_index(node: Node, rows: Rows, z: Interval) -> Pulled:
+    """Return the rows with 0 for the coordinates that were left out."""
+    return (transposed(lambda t: t[node.attributes["index"]], rows, tuple(z.lower.shape[1:])),), None

@@ -1,0 +1,94 @@
+"""CROWN and CROWN-IBP: linear bounds of margins, over boxes of the hidden layers that are linear or interval bounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from robustbench_lite.certify.graph import graph_of, uncompiled
+from robustbench_lite.certify.inputs import input_region
+from robustbench_lite.certify.ir import Graph
+from robustbench_lite.certify.linear_bounds import LinearBounds
+from robustbench_lite.certify.margin_certifier import MarginCertifier
+from robustbench_lite.certify.precision import full_precision
+from robustbench_lite.certify.region import Region
+from robustbench_lite.certify.rows import Dense
+from robustbench_lite.core.norms import NORMS
+from robustbench_lite.core.threats import Lp, Threat
+
+__all__ = ["CROWN", "CROWNIBP"]
+
+MEMORY_BUDGET = 2**27  # bytes; chunks larger than this are no faster on two cores
+
+
+@dataclass(frozen=True)
+class LinearCertifier(MarginCertifier):
+    """The common part of certifiers that use linear bounds.
+
+    Attributes:
+        memory_budget: bytes that the coefficients of linear bounds may take at a time; chunks change no answer.
+    """
+
+    memory_budget: int = MEMORY_BUDGET
+    tighten: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.memory_budget < 1:
+            raise ValueError(f"memory_budget must be a number of bytes, at least 1, got {self.memory_budget}")
+
+    def supports(self, threat: Threat) -> bool:
+        """Say yes to Lp balls with a radius, of any norm."""
+        return isinstance(threat, Lp) and threat.eps is not None
+
+    def lower_margins(self, model: nn.Module, x: Tensor, threat: Lp, C: Tensor) -> Tensor:
+        """Return linear lower bounds (B, S) of C z, nowhere below the interval bounds over the same boxes."""
+        region = input_region(threat, x, tuple(NORMS))
+        with full_precision(x.device):
+            return self.least(graph_of(model, x), uncompiled(model), region, C)
+
+    def least(self, graph: Graph, model: nn.Module, region: Region, C: Tensor) -> Tensor:
+        """Return lower bounds (B, S) of C z over a region."""
+        net = LinearBounds(graph, model, region, C, tighten=self.tighten, memory_budget=self.memory_budget)
+        return least_of(net, C)
+
+
+@dataclass(frozen=True)
+class CROWN(LinearCertifier):
+    """Walk the margins backwards through the net, with a line below or above every activation.
+
+    Source: Zhang, Weng, Chen, Hsieh, Daniel, "Efficient Neural Network Robustness Certification with General Activation
+    Functions", NeurIPS 2018, arXiv:1811.00866.
+    Departures: the input set is the ball cut by the image bounds; the box of each hidden layer is cut with its interval
+    bounds, and what follows starts from there; only neurons that interval bounds leave undecided get rows of their
+    own; convolutions keep patches; float64.
+    """
+
+
+@dataclass(frozen=True)
+class CROWNIBP(LinearCertifier):
+    """Linear bounds of the margins, over interval bounds of the hidden layers: one backward walk.
+
+    Source: Zhang, Chen, Xiao, Gowal, Stanforth, Li, Boning, Hsieh, "Towards Stable and Efficient Training of Verifiably
+    Robust Neural Networks", ICLR 2020, arXiv:1906.06316.
+    Departures: as CROWN.
+    """
+
+    tighten: ClassVar[bool] = False
+
+
+def least_of(net: LinearBounds, C: Tensor) -> Tensor:
+    """Return lower bounds (B, S) of C z: linear ones, or interval bounds over the same boxes where these are higher."""
+    count = len(net.region.lower)
+    rows = specification_rows(C, count)
+    return torch.maximum(net.lower(net.graph.output, rows).reshape(count, -1), net.final.lower)
+
+
+def specification_rows(C: Tensor, count: int) -> Dense:
+    """Return the rows of a specification, (S, K) or (B, S, K), for `count` samples, sample by sample."""
+    C = C.expand(count, *C.shape[-2:])
+    owner = torch.arange(count, device=C.device).repeat_interleave(C.shape[1])
+    return Dense(C.reshape(-1, C.shape[2]), owner, (C.shape[2],))

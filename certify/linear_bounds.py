@@ -1,0 +1,231 @@
+"""Linear bounds: rows of coefficients walk backwards from a node to the input, and are minimised over the input set.
+
+On the way an affine operator hands a row over to its operands exactly; an activation is replaced by the line below it
+where the coefficient is positive and by the line above it where it is negative. What reaches the input is a linear
+function below the row, everywhere on the set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from robustbench_lite.certify.errors import UnsupportedOperator
+from robustbench_lite.certify.intervals import Interval
+from robustbench_lite.certify.ir import Graph, Node
+from robustbench_lite.certify.lines import Lines
+from robustbench_lite.certify.operators.registry import LINEAR, LINES, WANTED, Value
+from robustbench_lite.certify.propagate import propagate
+from robustbench_lite.certify.region import Region
+from robustbench_lite.certify.rows import OneHot, Rows
+
+__all__ = ["LinearBounds"]
+
+FIRST_CHUNK = 256  # rows of the first walk, which is watched: before it nothing is known about its memory
+TEMPORARIES = 8  # tensors as large as the largest coefficients that a walk holds at a time
+MIXING = {"linear", "conv2d", "avg_pool2d", "adaptive_avg_pool2d", "mean"}  # each output sums several inputs
+MOVING = {"reshape", "permute", "index", "pad", "batch_norm", "mul", "div"}  # each output reads one input
+
+
+class LinearBounds:
+    """The boxes of a graph's nodes over a region, and linear bounds of rows over any node.
+
+    Args:
+        graph: of the model.
+        model: its parameters are read now.
+        region: the set of inputs.
+        C: specification (S, K) or (B, S, K) of the interval bounds `final`; None: the logits.
+        tighten: whether the boxes of activations' inputs come from linear bounds of their own (CROWN), each cut with
+            its interval bounds and used by all that follow; otherwise from interval bounds (CROWN-IBP).
+        memory_budget: bytes that coefficients may take at a time.
+
+    Attributes:
+        values: of each node its value where it is fixed, its box where linear bounds need it, else the box's shape.
+        final: interval bounds of the output, from the boxes above.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        model: nn.Module,
+        region: Region,
+        C: Tensor | None = None,
+        *,
+        tighten: bool = True,
+        memory_budget: int,
+    ) -> None:
+        self.graph, self.region = graph, region
+        self.values: list[Value | None] = [None] * len(graph.nodes)
+        self._lines: dict[int, Lines] = {}
+        self._readers = _readers(graph)
+        self._tight = _tight_by_intervals(graph) if region.norm == "linf" else set()
+        self._tighten, self._budget = tighten, memory_budget
+        self._row_bytes: dict[int, int] = {}
+        self.final: Interval = propagate(graph, model, region.interval(), C, keep=self._keep)
+
+    def take(self, rows: Tensor) -> LinearBounds:
+        """Return the bounds of some samples, which may repeat."""
+        part = LinearBounds.__new__(LinearBounds)
+        part.__dict__.update(self.__dict__)
+        part.region, part._lines, part._row_bytes = self.region.take(rows), {}, {}
+        part.values = [_taken(value, rows) for value in self.values]
+        return part
+
+    def lower(self, at: int, rows: Rows, lines: Mapping[int, Lines] | None = None) -> Tensor:
+        """Return lower bounds (N,) of rows over the value of node `at`.
+
+        Args:
+            at: position of the node.
+            rows: over its value.
+            lines: of some activations, in the place of their own.
+        """
+        found, start = [], 0
+        while start < len(rows):
+            stop = min(start + self._chunk(at), len(rows))
+            found.append(self._least(at, rows if stop - start == len(rows) else rows.part(start, stop), lines or {}))
+            start = stop
+        return torch.cat(found) if found else rows.values.new_zeros(0)
+
+    def coefficients(self, at: int, rows: Rows, lines: Mapping[int, Lines] | None = None) -> tuple[Rows, Tensor]:
+        """Return (rows over the input, shift (N,)): a linear function of the input below each row over node `at`."""
+        found, shift, _ = self._walk(at, rows, lines or {})
+        return found, shift
+
+    def lines(self, node: Node) -> Lines:
+        """Return the lines around an activation over the present box of its operand."""
+        if node.index not in self._lines:
+            box = self.values[node.inputs[0]]
+            assert isinstance(box, Interval)
+            self._lines[node.index] = LINES[node.op](node, box)
+        return self._lines[node.index]
+
+    # The walk.
+
+    def _least(self, at: int, rows: Rows, lines: Mapping[int, Lines]) -> Tensor:
+        found, shift, largest = self._walk(at, rows, lines)
+        self._row_bytes[at] = max(TEMPORARIES * largest * rows.values.element_size() // max(len(rows), 1), 1)
+        return self.region.least(found) + shift
+
+    def _walk(self, at: int, rows: Rows, lines: Mapping[int, Lines]) -> tuple[Rows, Tensor, int]:
+        pending: dict[int, Rows] = {at: rows}
+        shift, largest = rows.values.new_zeros(len(rows)), 0
+        for node in reversed(self.graph.nodes[: at + 1]):
+            over = pending.pop(node.index, None)
+            if over is None:
+                continue
+            largest = max(largest, over.values.numel())
+            if node.op == "input":
+                return over, shift, largest
+            parts, more = self._pull(node, over, lines)
+            shift = shift if more is None else shift + more
+            for operand, part in zip(node.inputs, parts, strict=True):
+                if part is not None:
+                    pending[operand] = part if operand not in pending else pending[operand].plus(part)
+        raise ValueError("the rows never reach the input")  # a graph's output varies with the input
+
+    def _pull(
+        self, node: Node, rows: Rows, lines: Mapping[int, Lines]
+    ) -> tuple[tuple[Rows | None, ...], Tensor | None]:
+        if node.op in LINES:
+            pulled, shift = _through(rows, lines.get(node.index) or self.lines(node))
+            return (pulled,), shift
+        if node.op not in LINEAR:
+            raise UnsupportedOperator(f"{node.source}: {node.op} has interval bounds, but no linear ones; use 'ibp'")
+        return LINEAR[node.op](node, rows, *[self.values[i] for i in node.inputs])
+
+    def _chunk(self, at: int) -> int:
+        """Return how many rows over a node may walk at a time."""
+        if at not in self._row_bytes:
+            return FIRST_CHUNK
+        return max(self._budget // self._row_bytes[at], 1)
+
+    # The boxes.
+
+    def _keep(self, node: Node, value: Value) -> Value:
+        if not isinstance(value, Interval):
+            self.values[node.index] = value
+            return value
+        needed = any(reader.op in LINES or reader.op in WANTED for reader in self._readers[node.index])
+        if needed and self._tighten and node.index not in self._tight:
+            value = self._tightened(node, value)
+        self.values[node.index] = value if needed else _outline(value)
+        return value
+
+    def _tightened(self, node: Node, box: Interval) -> Interval:
+        """Return the box cut with linear bounds of the neurons for which that can matter."""
+        owner, index = self._wanted(node, box).flatten(1).nonzero(as_tuple=True)
+        if not len(owner):
+            return box
+        one = torch.ones_like(owner, dtype=box.lower.dtype)
+        shape = tuple(box.lower.shape[1:])
+        lower = self.lower(node.index, OneHot(one, owner, shape, index))
+        upper = -self.lower(node.index, OneHot(-one, owner, shape, index))
+        place = (owner, index)
+        found = Interval(
+            box.lower.flatten(1).index_put(place, lower).reshape(box.lower.shape),
+            box.upper.flatten(1).index_put(place, upper).reshape(box.upper.shape),
+        )
+        return box.intersect(found)
+
+    def _wanted(self, node: Node, box: Interval) -> Tensor:
+        wanted = torch.zeros_like(box.lower, dtype=torch.bool)
+        for reader in self._readers[node.index]:
+            if reader.op in LINES:
+                wanted = wanted | ~LINES[reader.op](reader, box).exact
+            elif reader.op in WANTED:
+                wanted = wanted | WANTED[reader.op](reader, box)
+        return wanted
+
+
+def _outline(box: Interval) -> Interval:
+    """Return a box of one sample without values: all that an affine operator needs of its operand."""
+    nothing = box.lower.new_empty(1).expand(1, *box.lower.shape[1:])
+    return Interval(nothing, nothing)
+
+
+def _through(rows: Rows, lines: Lines) -> tuple[Rows, Tensor]:
+    """Return rows over an activation as rows over its operand, below them, and their shift (N,)."""
+    a = rows.values
+    rising = a > 0
+    slope = torch.where(rising, rows.beside(lines.lower_slope), rows.beside(lines.upper_slope))
+    shift = torch.where(rising, rows.beside(lines.lower_shift), rows.beside(lines.upper_shift))
+    return replace(rows, values=a * slope), (a * shift).reshape(len(rows), -1).sum(1)
+
+
+def _taken(value: Value | None, rows: Tensor) -> Value | None:
+    if not isinstance(value, Interval) or value.lower.stride()[0:1] == (0,):
+        return value  # fixed, or an outline
+    return Interval(value.lower[rows], value.upper[rows])
+
+
+def _readers(graph: Graph) -> list[list[Node]]:
+    readers: list[list[Node]] = [[] for _ in graph.nodes]
+    for node in graph.nodes:
+        for operand in node.inputs:
+            readers[operand].append(node)
+    return readers
+
+
+def _tight_by_intervals(graph: Graph) -> set[int]:
+    """Return the nodes whose interval bounds over a box of inputs are exact: those that sum inputs at most once.
+
+    0: every coordinate is a scaled input of its own; 1: every coordinate's bounds are exact; 2: they need not be.
+    """
+    grade: list[int] = []
+    for node in graph.nodes:
+        operands = [i for i in node.inputs if graph.nodes[i].varies]
+        highest = max((grade[i] for i in operands), default=0)
+        copies = any(graph.nodes[i].shape != node.shape for i in operands) and node.op in ("add", "sub", "mul", "div")
+        copies |= node.op == "cat" or (node.op == "pad" and node.attributes["mode"] != "constant")
+        if node.op == "input" or not node.varies:
+            grade.append(0)
+        elif node.op in MIXING:
+            grade.append(highest + 1)
+        elif node.op in MOVING or (node.op in ("add", "sub") and len(operands) == 1):
+            grade.append(max(highest, 1) if copies else highest)
+        else:
+            grade.append(max(highest, 1) if node.op == "cat" else 2)
+    return {node.index for node in graph.nodes if grade[node.index] < 2}
