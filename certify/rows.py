@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class Rows(ABC):
         """Return the entry (N, ...) of each row's sample in `t`, (B, ...); `t` itself where it holds for all rows."""
         return t if self.owner is None or len(t) == 1 else t.index_select(0, self.owner)
 
-    def part(self, start: int, stop: int) -> Rows:
+    def part(self, start: int, stop: int) -> Self:
         """Return some of the rows."""
         own = _samples(self)[start:stop]
         return replace(self, values=self.values[start:stop], owner=own)
@@ -70,6 +70,10 @@ class Rows(ABC):
 @dataclass(frozen=True, eq=False)
 class Dense(Rows):
     """Rows with a coefficient for every coordinate: `values` (N, *shape)."""
+
+    def take(self, keep: Tensor) -> Dense:
+        """Return some of the rows, int64 positions."""
+        return replace(self, values=self.values[keep], owner=_samples(self)[keep])
 
     def beside(self, t: Tensor) -> Tensor:
         """Return `t` for each row's sample."""
@@ -103,9 +107,9 @@ class OneHot(Rows):
         values = values.scatter(1, self.index.unsqueeze(1), self.values.unsqueeze(1))
         return Dense(values.reshape(len(self), *self.shape), self.owner, self.shape)
 
-    def part(self, start: int, stop: int) -> Rows:
+    def part(self, start: int, stop: int) -> Self:
         """Return some of the rows."""
-        return replace(super().part(start, stop), index=self.index[start:stop])  # type: ignore[call-arg]
+        return replace(super().part(start, stop), index=self.index[start:stop])
 
     def plus(self, other: Rows) -> Rows:
         """Return the sum; rows at the same positions stay one-hot."""
