@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from robustbench_lite.certify.crown import LinearCertifier, least_of, specification_rows
+from robustbench_lite.certify.crown import LinearCertifier, least_of
 from robustbench_lite.certify.ir import Graph
-from robustbench_lite.certify.linear_bounds import LinearBounds
+from robustbench_lite.certify.linear_bounds import LinearBounds, specification_rows
 from robustbench_lite.certify.region import Region
 from robustbench_lite.certify.slopes import Ascent
 

@@ -11,17 +11,14 @@ from torch import Tensor, nn
 from robustbench_lite.certify.graph import graph_of, uncompiled
 from robustbench_lite.certify.inputs import input_region
 from robustbench_lite.certify.ir import Graph
-from robustbench_lite.certify.linear_bounds import LinearBounds
+from robustbench_lite.certify.linear_bounds import MEMORY_BUDGET, LinearBounds, specification_rows
 from robustbench_lite.certify.margin_certifier import MarginCertifier
 from robustbench_lite.certify.precision import full_precision
 from robustbench_lite.certify.region import Region
-from robustbench_lite.certify.rows import Dense
 from robustbench_lite.core.norms import NORMS
 from robustbench_lite.core.threats import Lp, Threat
 
 __all__ = ["CROWN", "CROWNIBP"]
-
-MEMORY_BUDGET = 2**27  # bytes; chunks larger than this are no faster on two cores
 
 
 @dataclass(frozen=True)
@@ -85,10 +82,3 @@ def least_of(net: LinearBounds, C: Tensor) -> Tensor:
     count = len(net.region.lower)
     rows = specification_rows(C, count)
     return torch.maximum(net.lower(net.graph.output, rows).reshape(count, -1), net.final.lower)
-
-
-def specification_rows(C: Tensor, count: int) -> Dense:
-    """Return the rows of a specification, (S, K) or (B, S, K), for `count` samples, sample by sample."""
-    C = C.expand(count, *C.shape[-2:])
-    owner = torch.arange(count, device=C.device).repeat_interleave(C.shape[1])
-    return Dense(C.reshape(-1, C.shape[2]), owner, (C.shape[2],))

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from robustbench_lite.certify.bounds import unchecked_bounds
-from robustbench_lite.certify.inputs import NORMS
+from robustbench_lite.certify.graph import graph_of, uncompiled
+from robustbench_lite.certify.inputs import INTERVAL_NORMS, input_region
 from robustbench_lite.certify.margin_certifier import MarginCertifier
+from robustbench_lite.certify.precision import full_precision
+from robustbench_lite.certify.propagate import propagate
 from robustbench_lite.core.threats import Lp, Threat
 
 __all__ = ["IBP"]
@@ -37,8 +39,10 @@ class IBP(MarginCertifier):
 
     def supports(self, threat: Threat) -> bool:
         """Say yes to linf, l2 and l1 balls with a radius."""
-        return isinstance(threat, Lp) and threat.norm in NORMS and threat.eps is not None
+        return isinstance(threat, Lp) and threat.norm in INTERVAL_NORMS and threat.eps is not None
 
     def lower_margins(self, model: nn.Module, x: Tensor, threat: Lp, C: Tensor) -> Tensor:
         """Return interval lower bounds (B, S) of C z."""
-        return unchecked_bounds(model, threat, "ibp", C, x=x).lower
+        box = input_region(threat, x, INTERVAL_NORMS).interval()
+        with full_precision(x.device):
+            return propagate(graph_of(model, x), uncompiled(model), box, C).lower

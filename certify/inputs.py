@@ -10,7 +10,7 @@ from robustbench_lite.core.threats import Lp, Threat
 
 __all__: list[str] = []
 
-NORMS = ("linf", "l2", "l1")
+INTERVAL_NORMS = ("linf", "l2", "l1")
 
 
 def input_region(threat_or_box: Threat | tuple[Tensor, Tensor], x: Tensor | None, norms: tuple[str, ...]) -> Region:

@@ -20,10 +20,11 @@ from robustbench_lite.certify.lines import Lines
 from robustbench_lite.certify.operators.registry import LINEAR, LINES, WANTED, Value
 from robustbench_lite.certify.propagate import propagate
 from robustbench_lite.certify.region import Region
-from robustbench_lite.certify.rows import OneHot, Rows
+from robustbench_lite.certify.rows import Dense, OneHot, Rows
 
 __all__ = ["LinearBounds"]
 
+MEMORY_BUDGET = 2**27  # bytes; chunks larger than this are no faster on two cores
 FIRST_CHUNK = 256  # rows of the first walk, which is watched: before it nothing is known about its memory
 TEMPORARIES = 8  # tensors as large as the largest coefficients that a walk holds at a time
 MIXING = {"linear", "conv2d", "avg_pool2d", "adaptive_avg_pool2d", "mean"}  # each output sums several inputs
@@ -184,6 +185,13 @@ def _outline(box: Interval) -> Interval:
     """Return a box of one sample without values: all that an affine operator needs of its operand."""
     nothing = box.lower.new_empty(1).expand(1, *box.lower.shape[1:])
     return Interval(nothing, nothing)
+
+
+def specification_rows(C: Tensor, count: int) -> Dense:
+    """Return the rows of a specification, (S, K) or (B, S, K), for `count` samples, sample by sample."""
+    C = C.expand(count, *C.shape[-2:])
+    owner = torch.arange(count, device=C.device).repeat_interleave(C.shape[1])
+    return Dense(C.reshape(-1, C.shape[2]), owner, (C.shape[2],))
 
 
 def _through(rows: Rows, lines: Lines) -> tuple[Rows, Tensor]:

@@ -53,10 +53,14 @@ class Rows(ABC):
         """Return the entry (N, ...) of each row's sample in `t`, (B, ...); `t` itself where it holds for all rows."""
         return t if self.owner is None or len(t) == 1 else t.index_select(0, self.owner)
 
+    @property
+    def samples(self) -> Tensor:
+        """The sample of each row, int64 (N,)."""
+        return torch.arange(len(self), device=self.values.device) if self.owner is None else self.owner
+
     def part(self, start: int, stop: int) -> Self:
         """Return some of the rows."""
-        own = _samples(self)[start:stop]
-        return replace(self, values=self.values[start:stop], owner=own)
+        return replace(self, values=self.values[start:stop], owner=self.samples[start:stop])
 
     def scaled(self, t: Tensor) -> Rows:
         """Return the rows a * t."""
@@ -73,7 +77,7 @@ class Dense(Rows):
 
     def take(self, keep: Tensor) -> Dense:
         """Return some of the rows, int64 positions."""
-        return replace(self, values=self.values[keep], owner=_samples(self)[keep])
+        return replace(self, values=self.values[keep], owner=self.samples[keep])
 
     def beside(self, t: Tensor) -> Tensor:
         """Return `t` for each row's sample."""
@@ -95,7 +99,7 @@ class OneHot(Rows):
         flat = t.expand(len(t), *self.shape).flatten(1)
         if len(t) == 1:
             return flat[0, self.index]
-        return flat[_samples(self), self.index]
+        return flat[self.samples, self.index]
 
     def dot(self, t: Tensor) -> Tensor:
         """Return a * t at each row's position."""
@@ -166,7 +170,7 @@ class Patch(Rows):
         (y, y_on), (x, x_on) = self.positions(0), self.positions(1)
         index = y.unsqueeze(2) * width + x.unsqueeze(1)
         if len(t) > 1:
-            index = index + (_samples(self) * (height * width)).reshape(-1, 1, 1)
+            index = index + (self.samples * (height * width)).reshape(-1, 1, 1)
         on = y_on.unsqueeze(2) & x_on.unsqueeze(1)
         return _gathered(t, index, on)
 
@@ -202,10 +206,6 @@ class Patch(Rows):
 
     def _moves_with(self, other: Patch) -> bool:
         return self.stride == other.stride and torch.equal(self.place, other.place)
-
-
-def _samples(rows: Rows) -> Tensor:
-    return torch.arange(len(rows), device=rows.values.device) if rows.owner is None else rows.owner
 
 
 def _gathered(t: Tensor, index: Tensor, on: Tensor) -> Tensor:

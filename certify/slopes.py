@@ -42,20 +42,32 @@ class Ascent:
 
     def best(self, net: LinearBounds, rows: Dense, memory_budget: int) -> Tensor:
         """Return the best lower bounds (N,) found of rows over the output, chunk by chunk."""
-        size = max(memory_budget // _graph_bytes(net, rows), 1)
-        found = [self._ascended(net, rows.part(start, start + size)) for start in range(0, len(rows), size)]
+        found = [self._ascended(net, chunk, None) for chunk in _chunks(net, rows, memory_budget)]
         return torch.cat(found) if found else rows.values.new_zeros(0)
 
-    def _ascended(self, net: LinearBounds, rows: Dense) -> Tensor:
-        assert rows.owner is not None
-        net, rows = net.take(rows.owner), replace(rows, owner=None)  # each row is a sample of its own from here on
+    def best_slopes(self, net: LinearBounds, rows: Dense, memory_budget: int) -> dict[int, Tensor]:
+        """Return the slopes (N, ...) of the best bounds found, by position of the activation."""
+        slopes = {index: lines.lower_slope[rows.samples] for index, lines in free_lines(net).items()}
+        start = 0
+        for chunk in _chunks(net, rows, memory_budget):
+            self._ascended(net, chunk, {index: slope[start : start + len(chunk)] for index, slope in slopes.items()})
+            start += len(chunk)
+        return slopes
+
+    def _ascended(self, net: LinearBounds, rows: Dense, remember: Mapping[int, Tensor] | None) -> Tensor:
+        """Return the best bounds of rows; `remember` takes their slopes, written in place."""
+        net, rows = net.take(rows.samples), replace(rows, owner=None)  # each row is a sample of its own from here on
         fixed = free_lines(net)
         climb = _Climb([lines.lower_slope for lines in fixed.values()], self)
         best = torch.full_like(rows.values[:, 0], -torch.inf)
         live = torch.arange(len(rows), device=best.device)
         for step in range(self.steps + 1):
             value, gradients = _valued(net, rows, fixed, climb.slopes, last=step == self.steps)
-            best[live] = torch.maximum(best[live], value)
+            better = value > best[live]
+            best[live] = torch.where(better, value, best[live])
+            for index, slope in zip(fixed, climb.slopes, strict=True):
+                if remember is not None:
+                    remember[index][live[better]] = slope[better]
             if step == self.steps or not fixed:
                 break
             climb.step(gradients, list(fixed.values()))
@@ -63,7 +75,8 @@ class Ascent:
             if len(keep) == 0:
                 break
             if len(keep) < len(live):
-                net, rows, live = net.take(keep), replace(rows, values=rows.values[keep]), live[keep]
+                net, rows, live = net.take(keep), rows.take(keep), live[keep]
+                rows = replace(rows, owner=None)
                 fixed = {index: _kept(lines, keep) for index, lines in fixed.items()}
                 climb.take(keep)
         return best
@@ -136,6 +149,9 @@ def _kept(lines: Lines, keep: Tensor) -> Lines:
     return replace(lines, **{name: getattr(lines, name)[keep] for name in names})
 
 
-def _graph_bytes(net: LinearBounds, rows: Dense) -> int:
-    entries = sum(math.prod(node.shape) for node in net.graph.nodes[: net.graph.output + 1] if node.varies)
-    return max(GRAPH_TENSORS * entries * rows.values.element_size(), 1)
+def _chunks(net: LinearBounds, rows: Dense, memory_budget: int) -> list[Dense]:
+    """Return the rows in chunks whose graphs fit into the budget."""
+    nodes = net.graph.nodes[: net.graph.output + 1]
+    entries = sum(math.prod(node.shape) for node in nodes if node.varies)
+    size = max(memory_budget // (GRAPH_TENSORS * entries * rows.values.element_size()), 1)
+    return [rows.part(start, start + size) for start in range(0, len(rows), size)]
