@@ -13,5 +13,19 @@ if TYPE_CHECKING:  # for type checkers and editors; a file that is not named her
     from robustbench_lite.certify.errors import UnsupportedOperator as UnsupportedOperator
     from robustbench_lite.certify.graph import graph_of as graph_of
     from robustbench_lite.certify.ibp import IBP as IBP
+    from robustbench_lite.certify.laplace_smoothing import LaplaceSmoothing as LaplaceSmoothing
+    from robustbench_lite.certify.majority_certifier import AddedNoiseCertifier as AddedNoiseCertifier
+    from robustbench_lite.certify.majority_certifier import MajorityCertifier as MajorityCertifier
+    from robustbench_lite.certify.noise import GaussianNoise as GaussianNoise
+    from robustbench_lite.certify.noise import LaplaceNoise as LaplaceNoise
+    from robustbench_lite.certify.noise import Noise as Noise
+    from robustbench_lite.certify.noise import UniformNoise as UniformNoise
+    from robustbench_lite.certify.randomized_smoothing import RandomizedSmoothing as RandomizedSmoothing
+    from robustbench_lite.certify.smoothing_certifier import SmoothingCertifier as SmoothingCertifier
+    from robustbench_lite.certify.stopping import EarlyStopping as EarlyStopping
+    from robustbench_lite.certify.stopping import FixedSampleSize as FixedSampleSize
+    from robustbench_lite.certify.stopping import Stopping as Stopping
+    from robustbench_lite.certify.uniform_smoothing import UniformSmoothing as UniformSmoothing
+    from robustbench_lite.certify.votes import Votes as Votes
 
 globals().update(export_all(__name__, __path__))
