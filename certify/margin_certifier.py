@@ -18,7 +18,22 @@ from robustbench_lite.core.results import Certificate, Status
 from robustbench_lite.core.rng import Streams
 from robustbench_lite.core.threats import Lp, Threat
 
-__all__ = ["MarginCertifier"]
+__all__ = ["Findings", "MarginCertifier"]
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """What a certifier found out about one label of each of B samples.
+
+    Attributes:
+        margins: float64 (B, K), lower bounds of z_label - z_j over the threat: +inf at j = label.
+        status: int64 (B,) of `Status`, for samples whose margins prove nothing; None: UNKNOWN.
+        counterexample: (B, C, H, W), an input of the threat with another label where the status is FALSIFIED.
+    """
+
+    margins: Tensor
+    status: Tensor | None = None
+    counterexample: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -67,14 +82,21 @@ class MarginCertifier(Certifier):
         check_labels(y, x, num_classes)
         with torch.no_grad():
             prediction = _prediction(model, x)
-            margins = self._margins(model, x, threat, prediction, num_classes)
-            verified = (margins > self.tolerance).all(dim=1)
+            found = self.findings(model, x, prediction, threat, streams, num_classes)
+            verified, margins = (found.margins > self.tolerance).all(dim=1), found.margins
             wrong = (prediction != y).nonzero().flatten()
             if len(wrong):
-                margins[wrong] = self._margins(model, x[wrong], threat.take(wrong), y[wrong], num_classes)
-        return self._certificate(verified, prediction, y, threat, margins)
+                true = self.margins(model, x[wrong], threat.take(wrong), y[wrong], num_classes)
+                margins = margins.index_copy(0, wrong, true)
+        return self._certificate(verified, prediction, y, threat, margins, found)
 
-    def _margins(self, model: nn.Module, x: Tensor, threat: Lp, label: Tensor, num_classes: int) -> Tensor:
+    def findings(
+        self, model: nn.Module, x: Tensor, label: Tensor, threat: Lp, streams: Streams, num_classes: int
+    ) -> Findings:
+        """Return what is found out about these labels, int64 (B,); nothing about negative ones (abstentions)."""
+        return Findings(self.margins(model, x, threat, label, num_classes))
+
+    def margins(self, model: nn.Module, x: Tensor, threat: Lp, label: Tensor, num_classes: int) -> Tensor:
         """Return lower bounds (B, K) of z_label - z_j: +inf at j = label, -inf where nothing is known."""
         margins = torch.full((len(x), num_classes), -torch.inf, dtype=torch.float64, device=x.device)
         rows = (label >= 0).nonzero().flatten()
@@ -86,9 +108,16 @@ class MarginCertifier(Certifier):
         return margins
 
     def _certificate(
-        self, verified: Tensor, prediction: Tensor, y: Tensor, threat: Lp, margins: Tensor | None
+        self,
+        verified: Tensor,
+        prediction: Tensor,
+        y: Tensor,
+        threat: Lp,
+        margins: Tensor | None,
+        found: Findings | None = None,
     ) -> Certificate:
-        status = torch.where(verified, int(Status.VERIFIED), int(Status.UNKNOWN))
+        unproven = torch.full_like(y, int(Status.UNKNOWN)) if found is None or found.status is None else found.status
+        status = torch.where(verified, int(Status.VERIFIED), unproven)
         status = torch.where(prediction == ABSTAIN, int(Status.ABSTAINED), status)
         eps = torch.as_tensor(threat.eps, dtype=torch.float64, device=y.device).reshape(-1).expand(len(y))
         return Certificate(
@@ -100,6 +129,7 @@ class MarginCertifier(Certifier):
             confidence=1.0,
             samples=torch.zeros_like(y),
             margins=margins,
+            counterexample=None if found is None else found.counterexample,
         )
 
 

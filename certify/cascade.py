@@ -1,0 +1,110 @@
+"""A cascade of bounds, from cheap to dear: each sees only what the ones before it left undecided."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from robustbench_lite.certify.alpha_crown import AlphaCROWN
+from robustbench_lite.certify.crown import least_of
+from robustbench_lite.certify.ibp import IBP
+from robustbench_lite.certify.ir import Graph
+from robustbench_lite.certify.linear_bounds import LinearBounds
+from robustbench_lite.certify.margin_certifier import Findings
+from robustbench_lite.certify.region import Region
+from robustbench_lite.core.results import AttackResult, Status
+from robustbench_lite.core.rng import Streams
+from robustbench_lite.core.threats import Lp, Threat
+
+__all__ = ["Cascade", "Falsifier"]
+
+
+class Falsifier(Protocol):
+    """An attack: what is called with a model, images, labels and a threat, and returns an `AttackResult`."""
+
+    def supports(self, threat: Threat) -> bool:
+        """Say whether it can attack within this threat."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        goal: Tensor,
+        threat: Threat,
+        *,
+        indices: Tensor | None = ...,
+        generator: torch.Generator | None = ...,
+    ) -> AttackResult:
+        """Attack."""
+
+
+@dataclass(frozen=True)
+class Cascade(AlphaCROWN):
+    """IBP, then CROWN-IBP, CROWN and alpha-CROWN, each on the samples that are still undecided.
+
+    A sample leaves when all its margins are proven by one method or by several (bounds of one margin from different
+    methods hold together), or when the falsifier, which comes after IBP, finds it an adversarial example. So the set of
+    certified samples contains those of all four methods. Sources: see the methods.
+
+    Attributes:
+        falsifier: an attack such as a short PGD; None: nothing is falsified.
+    """
+
+    falsifier: Falsifier | None = None
+
+    def findings(
+        self, model: nn.Module, x: Tensor, label: Tensor, threat: Lp, streams: Streams, num_classes: int
+    ) -> Findings:
+        """Return the margins, and the samples that the falsifier felled."""
+        rows = (label >= 0).nonzero().flatten()
+        margins = torch.full((len(x), num_classes), -torch.inf, dtype=torch.float64, device=x.device)
+        status = torch.full_like(label, int(Status.UNKNOWN))
+        intervals = IBP(self.tolerance)
+        if intervals.supports(threat):
+            margins[rows] = intervals.margins(model, x[rows], threat.take(rows), label[rows], num_classes)
+        rows = rows[~(margins[rows] > self.tolerance).all(dim=1)]
+        points, fallen = self._falsified(model, x, label, threat, streams, rows)
+        status[fallen] = int(Status.FALSIFIED)
+        rows = rows[status[rows] == int(Status.UNKNOWN)]
+        linear = self.margins(model, x[rows], threat.take(rows), label[rows], num_classes)
+        margins[rows] = torch.maximum(margins[rows], linear)
+        return Findings(margins, status, points)
+
+    def least(self, graph: Graph, model: nn.Module, region: Region, C: Tensor) -> Tensor:
+        """Return lower bounds (B, S) of C z over a region by CROWN-IBP, CROWN and alpha-CROWN."""
+        net = LinearBounds(graph, model, region, C, tighten=False, memory_budget=self.memory_budget)
+        found = least_of(net, C)
+        rows = self._undecided(found, C)
+        if len(rows):
+            net = LinearBounds(graph, model, region.take(rows), C[rows], memory_budget=self.memory_budget)
+            found[rows] = torch.maximum(found[rows], least_of(net, C[rows]))
+            again = self._undecided(found[rows], C[rows])
+            rest = rows[again]
+            found[rest] = self.improved(net.take(again), C[rest], found[rest])
+        return found
+
+    def _undecided(self, lower: Tensor, C: Tensor) -> Tensor:
+        own = (C != 0).any(dim=-1)
+        return ((lower <= self.tolerance) & own).any(dim=1).nonzero().flatten()
+
+    def _falsified(
+        self, model: nn.Module, x: Tensor, label: Tensor, threat: Lp, streams: Streams, rows: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
+        """Return the images with adversarial examples in the place of those that have one, and which these are."""
+        if self.falsifier is None or not len(rows) or not self.falsifier.supports(threat):
+            return None, rows[:0]
+        result = self.falsifier(
+            model,
+            x[rows],
+            label[rows],
+            threat.take(rows),
+            indices=torch.tensor([streams.indices[i] for i in rows.tolist()]),
+            generator=torch.Generator().manual_seed(streams.root % 2**63),
+        )
+        fallen = rows[result.success]
+        points = x.clone()
+        points[fallen] = result.x_adv[result.success]
+        return points, fallen
