@@ -1,4 +1,4 @@
-"""What attacks that see labels alone share: a purse, an adversarial start, and the way back to the boundary.
+"""What attacks that see labels alone share: an adversarial start, and the way back to the boundary.
 
 A decision is one candidate put to the oracle, so whatever is met on the way counts, nearest first.
 """
@@ -10,44 +10,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from robustbench_lite.attacks._purse import Purse
 from robustbench_lite.core.oracle import Oracle
 from robustbench_lite.core.rng import Streams
 
-__all__ = ["Purse", "bisect", "fools", "random_start", "straight"]
+__all__ = ["bisect", "cut", "fools", "random_start", "search_start", "straight"]
 
 Blend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Clean images, far images (n, ...) and shares (n,) to images between them: 0 the clean ones, 1 the far ones."""
-
-
-class Purse:
-    """The label queries that samples may still spend: the oracle's budget and the attack's own limit.
-
-    Args:
-        oracle: the oracle that counts.
-        queries: most queries a sample spends from now on; None for no limit but the oracle's.
-    """
-
-    def __init__(self, oracle: Oracle, queries: int | None) -> None:
-        self._oracle = oracle
-        self._end = None if queries is None else oracle.forwards + queries
-
-    @property
-    def compact_every(self) -> int:
-        """Steps between two looks at who still stands, as the oracle's; a limit needs each one."""
-        return self._oracle.compact_every if self._end is None else 1
-
-    def left(self, rows: Tensor) -> Tensor:
-        """Return the queries left to `rows`, int64 (n,); 2^62 where nothing limits them."""
-        spent = self._oracle.forwards[rows]
-        left = torch.full_like(spent, 2**62)
-        if self._oracle.max_queries is not None:
-            left = self._oracle.max_queries - spent
-        return left if self._end is None else torch.minimum(left, self._end[rows] - spent)
-
-    def still(self, rows: Tensor, queries: int = 1) -> Tensor:
-        """Return the positions within `rows` of those that still search and can pay."""
-        keep = self._oracle.still(rows, queries)
-        return keep if self._end is None else keep[self.left(rows[keep]) >= queries]
+Draw = Callable[[Tensor, Streams, int], tuple[Tensor, Tensor | None]]
+"""Rows (n,), their streams and the number of the draw to images (n, ...), and bool (n,): had any; None for all."""
 
 
 def fools(oracle: Oracle, points: Tensor, rows: Tensor) -> Tensor:
@@ -56,19 +28,18 @@ def fools(oracle: Oracle, points: Tensor, rows: Tensor) -> Tensor:
     return oracle.goal.take(rows).achieved(answers, oracle.rejects)
 
 
-def random_start(oracle: Oracle, purse: Purse, streams: Streams, draws: int) -> tuple[Tensor, Tensor]:
-    """Draw noise images until one is adversarial, one query each; return the rows that have one, and the images.
-
-    Uniform noise in every pixel comes first; then its tiles double in side from draw to draw, and start over. Nets
-    that put all fine noise into one class need the coarse, and so do targets.
-    """
+def search_start(oracle: Oracle, purse: Purse, streams: Streams, draws: int, draw: Draw) -> tuple[Tensor, Tensor]:
+    """Draw images until one is adversarial, one query each; return the rows that have one, and the images."""
     starts, found = oracle.x.clone(), torch.zeros_like(oracle.found.fallen)
     rows = oracle.standing()
-    for draw in range(draws):
+    for number in range(draws):
         rows = rows[purse.still(rows)]
         if len(rows) == 0:
             break
-        points = _noise(oracle.x[rows], streams.take(rows), draw, oracle.threat.bounds)
+        points, drawn = draw(rows, streams.take(rows), number)
+        rows, points = (rows, points) if drawn is None else (rows[drawn], points[drawn])
+        if len(rows) == 0:
+            break
         oracle.labels(points, rows)
         hit = oracle.verdict
         starts[rows[hit]], found[rows[hit]] = points[hit], True
@@ -76,6 +47,19 @@ def random_start(oracle: Oracle, purse: Purse, streams: Streams, draws: int) -> 
     rows = found.nonzero().flatten()
     rows = rows[purse.still(rows)]
     return rows, starts[rows]
+
+
+def random_start(oracle: Oracle, purse: Purse, streams: Streams, draws: int) -> tuple[Tensor, Tensor]:
+    """Draw noise images until one is adversarial, one query each; return the rows that have one, and the images.
+
+    Uniform noise in every pixel comes first; then its tiles double in side from draw to draw, and start over. Nets
+    that put all fine noise into one class need the coarse, and so do targets.
+    """
+
+    def draw(rows: Tensor, own: Streams, number: int) -> tuple[Tensor, None]:
+        return _noise(oracle.x[rows], own, number, oracle.threat.bounds), None
+
+    return search_start(oracle, purse, streams, draws, draw)
 
 
 def _noise(x: Tensor, streams: Streams, draw: int, bounds: tuple[float, float]) -> Tensor:
@@ -91,6 +75,13 @@ def _noise(x: Tensor, streams: Streams, draw: int, bounds: tuple[float, float]) 
 def straight(x: Tensor, far: Tensor, share: Tensor) -> Tensor:
     """Blend along the line from `x` to `far`; a share of 1 gives `far` to the bit."""
     return torch.lerp(x, far, share.reshape(-1, 1, 1, 1))
+
+
+def cut(x: Tensor, far: Tensor, share: Tensor) -> Tensor:
+    """Cut the change from `x` to `far` to a share of its largest entry."""
+    change = far - x
+    reach = share.reshape(-1, 1, 1, 1) * change.abs().amax(dim=(1, 2, 3), keepdim=True)
+    return x + change.clamp(-reach, reach)
 
 
 def bisect(oracle: Oracle, purse: Purse, rows: Tensor, far: Tensor, steps: int, blend: Blend = straight) -> Tensor:

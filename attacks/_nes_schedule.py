@@ -13,9 +13,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from robustbench_lite.attacks._decision import Purse, bisect, random_start
+from robustbench_lite.attacks._decision import bisect, cut, random_start
 from robustbench_lite.attacks._nes_search import PlateauSteps, State, check_queries, take
 from robustbench_lite.attacks._nes_shrink import FIRST_CUT, Shrink
+from robustbench_lite.attacks._purse import Purse
 from robustbench_lite.attacks.base import Attack
 from robustbench_lite.attacks.basis import Basis, Pixels
 from robustbench_lite.attacks.estimators import BLOCK, NESEstimator
@@ -127,7 +128,7 @@ class ShrinkingNES(Attack):
 
     def _begin(self, oracle: Oracle, purse: Purse, threat: Lp, streams: Streams) -> tuple[Tensor, State]:
         rows, far = self._start(oracle, purse, streams)
-        far = bisect(oracle, purse, rows, far, BISECTIONS, _shrunk)
+        far = bisect(oracle, purse, rows, far, BISECTIONS, cut)
         keep = purse.still(rows, 1)
         rows, far = rows[keep], far[keep]
         goal, x, span = oracle.goal.take(rows), oracle.x[rows], threat.bounds[1] - threat.bounds[0]
@@ -186,10 +187,3 @@ class ShrinkingNES(Attack):
         mean = total / count  # NaN where nothing is seen
         slope = (weighted - mean * plain) / (count * estimator.radius)
         return -self.basis.decode(slope.to(points.dtype), shape), mean.squeeze(1)
-
-
-def _shrunk(x: Tensor, far: Tensor, share: Tensor) -> Tensor:
-    """Cut the change from `x` to `far` to this share of its largest entry."""
-    change = far - x
-    most = share.reshape(-1, 1, 1, 1) * change.abs().amax(dim=(1, 2, 3), keepdim=True)
-    return x + torch.minimum(torch.maximum(change, -most), most)

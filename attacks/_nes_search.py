@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from robustbench_lite.attacks._decision import Purse
+from robustbench_lite.attacks._purse import Purse
 from robustbench_lite.attacks.estimators import ScoreEstimator
 from robustbench_lite.core.checks import parse_number
 from robustbench_lite.core.losses import Loss

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from robustbench_lite.attacks._decision import Purse
 from robustbench_lite.attacks._nes_search import State
+from robustbench_lite.attacks._purse import Purse
 from robustbench_lite.core.oracle import Oracle
 from robustbench_lite.core.threats import Lp
 

@@ -95,7 +95,8 @@ class ADef(Attack):
         if rivals is None:
             rivals = self._rivals(logits, goal)
         weights = _differences(logits, goal, rivals)
-        f = (weights * logits.unsqueeze(1)).sum(dim=2)
+        # Logits that are not finite say nothing; a field that is not crashes torch's sampling.
+        f = (weights * logits.unsqueeze(1)).sum(dim=2).nan_to_num(0.0, 0.0, 0.0)
         return f, torch.stack([pull(weights[:, k]) for k in range(weights.shape[1])], dim=1), rivals
 
     def _rivals(self, logits: Tensor, goal: Goal) -> Tensor:

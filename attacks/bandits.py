@@ -17,6 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from robustbench_lite.attacks._purse import Purse
 from robustbench_lite.attacks.base import Attack
 from robustbench_lite.core.checks import parse_number
 from robustbench_lite.core.goals import Goal
@@ -80,12 +81,12 @@ class Bandits(Attack):
     @torch.no_grad()
     def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
         """Correct the prior by two queries, step along it, and judge the new point."""
-        threat, cost = cast(Lp, threat), 2 + oracle.scores_cost
-        rows = oracle.standing(cost)
+        threat, cost, purse = cast(Lp, threat), 2 + oracle.scores_cost, Purse(oracle, self.queries)
+        rows = purse.standing(cost)
         points, prior = x[rows], _tiled_zeros(x[rows], self.tile)
         for step in range(self.queries // cost):
-            if step % oracle.compact_every == 0:
-                keep = oracle.still(rows, cost)
+            if step % purse.compact_every == 0:
+                keep = purse.still(rows, cost)
                 if len(keep) < len(rows):
                     rows, points, prior = rows[keep], points[keep], prior[keep]
             if len(rows) == 0:

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from robustbench_lite.attacks._decision import Purse, bisect, fools, random_start
+from robustbench_lite.attacks._decision import bisect, fools, random_start
+from robustbench_lite.attacks._purse import Purse
 from robustbench_lite.attacks.base import Attack
 from robustbench_lite.attacks.basis import DCT, Basis, Pixels
 from robustbench_lite.core.goals import Goal
@@ -50,8 +51,8 @@ class Boundary(Attack):
         look_every: steps between two looks at the move along the sphere alone, one query where the proposal failed.
         converged: a sample stops when its source step falls below this.
         draws: noise images tried for a start.
-        queries: most label queries of a sample; None for no limit but the caller's. The extra draws that confirm a
-            success against a randomised model come on top.
+        queries: most label queries of a sample; None for no limit but the caller's. The draws that confirm a
+            success against a randomised model are among them.
         basis: the images that directions are drawn from.
 
     Raises:
@@ -142,7 +143,8 @@ class Boundary(Attack):
         asked = (~hit).nonzero().flatten()
         asked = asked[purse.still(walk.rows[asked])]
         stays = hit.clone()
-        stays[asked] = fools(oracle, sideways[asked], walk.rows[asked])
+        if len(asked):
+            stays[asked] = fools(oracle, sideways[asked], walk.rows[asked])
         scale = self._scale(walk.looks, stays, rates)
         walk.spherical, walk.source = walk.spherical * scale, walk.source * scale
 

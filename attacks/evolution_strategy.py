@@ -18,8 +18,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from robustbench_lite.attacks._decision import Purse
 from robustbench_lite.attacks._nes_search import check_queries, take
+from robustbench_lite.attacks._purse import Purse
 from robustbench_lite.attacks.base import Attack
 from robustbench_lite.attacks.basis import DCT, Basis
 from robustbench_lite.attacks.strategies import RankNES, Strategy

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from robustbench_lite.attacks._decision import Purse
+from robustbench_lite.attacks._decision import search_start
+from robustbench_lite.attacks._purse import Purse
 from robustbench_lite.core.checks import check_images
 from robustbench_lite.core.goals import Goal, Targeted
 from robustbench_lite.core.oracle import Oracle
@@ -46,7 +47,7 @@ class Gallery:
         return f"Gallery({len(self.images)} images)"
 
     def start(self, oracle: Oracle, purse: Purse, streams: Streams, draws: int) -> tuple[Tensor, Tensor]:
-        """Draw images of a wanted class until the model agrees, one query each.
+        """Draw images of a wanted class until the model agrees, one query each; each sample sees no image twice.
 
         Returns:
             The rows that have such an image, int64 (n,), and the images (n, C, H, W).
@@ -59,25 +60,17 @@ class Gallery:
             raise ValueError(
                 f"the gallery's images must have shape {tuple(oracle.x.shape[1:])}, got {tuple(self.images.shape[1:])}"
             )
-        starts, found = oracle.x.clone(), torch.zeros_like(oracle.found.fallen)
-        rows = oracle.standing()
-        for _ in range(draws):
-            rows = rows[purse.still(rows)]
-            points, wanted = self._draw(oracle.goal.take(rows), oracle.x, streams.take(rows))
-            rows, points = rows[wanted], points[wanted]
-            if len(rows) == 0:
-                break
-            oracle.labels(points, rows)
-            hit = oracle.verdict
-            starts[rows[hit]], found[rows[hit]] = points[hit], True
-            rows = rows[~hit]
-        rows = found.nonzero().flatten()
-        rows = rows[purse.still(rows)]
-        return rows, starts[rows]
+        asked = torch.zeros(len(oracle.x), len(self.images), dtype=torch.bool, device=oracle.x.device)
 
-    def _draw(self, goal: Goal, like: Tensor, streams: Streams) -> tuple[Tensor, Tensor]:
-        """Draw an image of the target, or of a class other than the true one, and say whether there is any."""
-        labels, wanted = self.labels.to(like.device), goal.labels.unsqueeze(1)
-        fits = labels == wanted if isinstance(goal, Targeted) else labels != wanted
-        chosen = (streams.uniform(len(labels)) * fits).argmax(dim=1)
-        return self.images.to(like)[chosen], fits.gather(1, chosen.unsqueeze(1)).squeeze(1)
+        def draw(rows: Tensor, own: Streams, number: int) -> tuple[Tensor, Tensor]:
+            fits = self._wanted(oracle.goal.take(rows)) & ~asked[rows]
+            chosen = (own.uniform(len(self.images)) * fits).argmax(dim=1)
+            asked[rows, chosen] = True
+            return self.images.to(oracle.x)[chosen], fits.gather(1, chosen.unsqueeze(1)).squeeze(1)
+
+        return search_start(oracle, purse, streams, draws, draw)
+
+    def _wanted(self, goal: Goal) -> Tensor:
+        """Say which images have the target's class, or another one than the true one: bool (n, N)."""
+        labels, wanted = self.labels.to(goal.labels.device), goal.labels.unsqueeze(1)
+        return labels == wanted if isinstance(goal, Targeted) else labels != wanted

@@ -18,7 +18,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from robustbench_lite.attacks._decision import Purse, bisect, fools, random_start, straight
+from robustbench_lite.attacks._decision import bisect, cut, fools, random_start, straight
+from robustbench_lite.attacks._purse import Purse
 from robustbench_lite.attacks.base import Attack
 from robustbench_lite.core.goals import Goal
 from robustbench_lite.core.oracle import Access, Oracle
@@ -41,8 +42,8 @@ class HopSkipJump(Attack):
         gamma: scale of the binary search's relative threshold theta, gamma / d^1.5 for l2 and gamma / d^2 for linf
             with d values in an image, and of the probes' radius.
         draws: noise images tried for a start.
-        queries: most label queries of a sample; None for no limit but the caller's. The extra draws that confirm a
-            success against a randomised model come on top.
+        queries: most label queries of a sample; None for no limit but the caller's. The draws that confirm a
+            success against a randomised model are among them.
 
     Raises:
         ValueError: a hyper-parameter out of range.
@@ -119,18 +120,11 @@ class _Geometry:
             theta = gamma / entries**1.5
             return cls(theta, theta * math.sqrt(entries), straight, Streams.normal)
         theta = gamma / entries**2
-        return cls(theta, theta * entries, _cut, _symmetric)
+        return cls(theta, theta * entries, cut, _symmetric)
 
 
 def _symmetric(streams: Streams, *shape: int, dtype: torch.dtype) -> Tensor:
     return 2 * streams.uniform(*shape, dtype=dtype) - 1
-
-
-def _cut(x: Tensor, far: Tensor, share: Tensor) -> Tensor:
-    """Cut the change to a share of its largest entry."""
-    change = far - x
-    reach = share.reshape(-1, 1, 1, 1) * change.abs().amax(dim=(1, 2, 3), keepdim=True)
-    return x + change.clamp(-reach, reach)
 
 
 def _normal(

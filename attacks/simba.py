@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from robustbench_lite.attacks._purse import Purse
 from robustbench_lite.attacks.base import Attack
 from robustbench_lite.attacks.basis import Basis, Pixels
 from robustbench_lite.core.checks import parse_number
@@ -68,7 +69,8 @@ class SimBA(Attack):
     def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
         """Ask about one step of each sample at a time; each goes through its own order of the directions."""
         threat, directions = cast(Lp, threat), _Directions(self.basis, x)
-        rows = oracle.standing(1 + oracle.scores_cost)
+        purse = Purse(oracle, self.queries)
+        rows = purse.standing(1 + oracle.scores_cost)
         if len(rows) == 0:
             return oracle.best
         points, value = x[rows], _log_odds(oracle.scores(x[rows], rows, candidate=False), goal.take(rows))
@@ -76,8 +78,8 @@ class SimBA(Attack):
         up = torch.zeros_like(rows, dtype=torch.bool)  # the step down has failed
         order = directions.shuffle(streams.take(rows))
         for query in range((self.queries - 1) // oracle.scores_cost):
-            if query % oracle.compact_every == 0:
-                keep = self._still(oracle, threat, rows)
+            if query % purse.compact_every == 0:
+                keep = self._still(oracle, purse, threat, rows)
                 if len(keep) < len(rows):
                     rows, points, value, turn, up, order = (t[keep] for t in (rows, points, value, turn, up, order))
                 if len(rows) == 0:
@@ -96,9 +98,9 @@ class SimBA(Attack):
         return oracle.best
 
     @staticmethod
-    def _still(oracle: Oracle, threat: Lp, rows: Tensor) -> Tensor:
+    def _still(oracle: Oracle, purse: Purse, threat: Lp, rows: Tensor) -> Tensor:
         """Without a budget further steps lead farther away: the first success is the nearest."""
-        keep = oracle.still(rows, oracle.scores_cost)
+        keep = purse.still(rows, oracle.scores_cost)
         return keep[~oracle.found.fallen[rows[keep]]] if threat.eps is None else keep
 
 

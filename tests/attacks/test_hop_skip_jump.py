@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from robustbench_lite.attacks import FoolboxAttack, HopSkipJump
-from robustbench_lite.attacks._decision import Purse, bisect, random_start
+from robustbench_lite.attacks._decision import bisect, random_start
+from robustbench_lite.attacks._purse import Purse
 from robustbench_lite.core.goals import Targeted, Untargeted
 from robustbench_lite.core.models import ABSTAIN, predict
 from robustbench_lite.core.oracle import Access, Oracle

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from robustbench_lite.attacks import Gallery, NESEstimator, NESLabelOnly, NESPartialInformation
-from robustbench_lite.attacks._decision import Purse
 from robustbench_lite.attacks._nes_shrink import Shrink
+from robustbench_lite.attacks._purse import Purse
 from robustbench_lite.core.goals import Targeted, Untargeted
 from robustbench_lite.core.losses import cross_entropy
 from robustbench_lite.core.models import predict
@@ -204,6 +204,23 @@ def test_memory_bounds_the_probes_and_changes_nothing(attack, capacity, smooth, 
 def test_label_only_needs_no_more_than_labels():
     assert NESLabelOnly().access == Access.LABEL
     assert NESLabelOnly(k=2).access == NESPartialInformation().access == Access.TOPK
+
+
+def test_no_image_of_a_gallery_is_asked_about_twice():
+    """A model that never agrees is shown each image of a wanted class once for each sample, whatever the draws."""
+    pictures, seen = torch.rand(6, 1, 2, 2, generator=torch.Generator().manual_seed(0)), []
+
+    def stubborn(x):
+        seen.extend(x.flatten(1).tolist())
+        return torch.tensor([1.0, 0.0]).repeat(len(x), 1)
+
+    x, y = torch.rand(2, 1, 2, 2), torch.zeros(2, dtype=torch.int64)
+    with Oracle(stubborn, x, Untargeted(y), Lp("linf", 0.1), access=Access.LABEL) as oracle:
+        gallery = Gallery(pictures, torch.tensor([1, 1, 0, 1, 1, 0]))
+        rows, _ = gallery.start(oracle, Purse(oracle, None), Streams(0, [0, 1], torch.device("cpu")), 50)
+    assert len(rows) == 0
+    assert oracle.forwards.tolist() == [4, 4]
+    assert sorted(seen) == sorted(2 * pictures[[0, 1, 3, 4]].flatten(1).tolist())
 
 
 def test_a_gallery_gives_starts_of_the_wanted_class(smooth):
