@@ -196,11 +196,16 @@ def specification_rows(C: Tensor, count: int) -> Dense:
 
 def _through(rows: Rows, lines: Lines) -> tuple[Rows, Tensor]:
     """Return rows over an activation as rows over its operand, below them, and their shift (N,)."""
-    a = rows.values
-    rising = a > 0
-    slope = torch.where(rising, rows.beside(lines.lower_slope), rows.beside(lines.upper_slope))
-    shift = torch.where(rising, rows.beside(lines.lower_shift), rows.beside(lines.upper_shift))
-    return replace(rows, values=a * slope), (a * shift).reshape(len(rows), -1).sum(1)
+    a, rising = rows.values, rows.values.clamp_min(0)
+    slope, rise, shift, lift = rows.beside_each(
+        lines.upper_slope,
+        lines.lower_slope - lines.upper_slope,
+        lines.upper_shift,
+        lines.lower_shift - lines.upper_shift,
+    )
+    total = torch.addcmul(a * shift, rising, lift)
+    total = total if total.ndim == 1 else total.sum(dim=tuple(range(1, total.ndim)))
+    return replace(rows, values=torch.addcmul(a * slope, rising, rise)), total
 
 
 def _taken(value: Value | None, rows: Tensor) -> Value | None:

@@ -41,6 +41,10 @@ class Rows(ABC):
     def beside(self, t: Tensor) -> Tensor:
         """Return the entries that the coefficients stand beside, of `t`, which broadcasts to (B or 1, *shape)."""
 
+    def beside_each(self, *ts: Tensor) -> tuple[Tensor, ...]:
+        """Return `beside` of several tensors (B or 1, *shape)."""
+        return tuple(self.beside(t) for t in ts)
+
     @abstractmethod
     def dense(self) -> Dense:
         """Return the same rows with a coefficient for every coordinate."""
@@ -80,8 +84,18 @@ class Dense(Rows):
         return replace(self, values=self.values[keep], owner=self.samples[keep])
 
     def beside(self, t: Tensor) -> Tensor:
-        """Return `t` for each row's sample."""
-        return self.owned(t)
+        """Return `t` for each row's sample, in the memory format of the coefficients: a product then reads in order."""
+        if not _channels_last(self.values) or t.shape[1:] != self.shape:
+            return self.owned(t)
+        return self.owned(t.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
+
+    def dot(self, t: Tensor) -> Tensor:
+        """Return sum(a * t) of each row; one product of a matrix with a vector where all rows share a sample."""
+        if len(t) > 1 or t.shape[1:] != self.shape:
+            return super().dot(t)
+        if _channels_last(self.values):
+            return self.values.permute(0, 2, 3, 1).flatten(1) @ t.permute(0, 2, 3, 1).flatten()
+        return self.values.flatten(1) @ t.flatten()
 
     def dense(self) -> Dense:
         """Return itself."""
@@ -166,13 +180,18 @@ class Patch(Rows):
         height, width = self.shape[1:]
         if t.shape[2:] == (1, 1):
             return self.owned(t)
-        t = t.expand(len(t), *self.shape)
+        t = t.expand(-1, -1, height, width)
         (y, y_on), (x, x_on) = self.positions(0), self.positions(1)
         index = y.unsqueeze(2) * width + x.unsqueeze(1)
         if len(t) > 1:
             index = index + (self.samples * (height * width)).reshape(-1, 1, 1)
         on = y_on.unsqueeze(2) & x_on.unsqueeze(1)
         return _gathered(t, index, on)
+
+    def beside_each(self, *ts: Tensor) -> tuple[Tensor, ...]:
+        """Return `beside` of several tensors, found at once."""
+        channels = [t.shape[1] for t in ts]
+        return torch.split(self.beside(torch.cat([t.expand(-1, *self.shape) for t in ts], dim=1)), channels, dim=1)
 
     def dense(self) -> Dense:
         """Return the windows laid onto the map."""
@@ -206,6 +225,10 @@ class Patch(Rows):
 
     def _moves_with(self, other: Patch) -> bool:
         return self.stride == other.stride and torch.equal(self.place, other.place)
+
+
+def _channels_last(t: Tensor) -> bool:
+    return t.ndim == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
 
 
 def _gathered(t: Tensor, index: Tensor, on: Tensor) -> Tensor:
