@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from robustbench_lite.certify._sensitivity import Sensitivity, layer_of, output_changed
 from robustbench_lite.certify.noise import Noise
+from robustbench_lite.core.models import Model
 
 __all__: list[str] = []
 
 
 class Corruption(ABC):
-    """A random change of an image, drawn into slots of a buffer."""
+    """A random change of an image, drawn into slots of a buffer.
+
+    Attributes:
+        sensitivity: as in `Votes`.
+    """
+
+    sensitivity: Mapping[str, float] = MappingProxyType({})
 
     def shape(self, image: torch.Size) -> torch.Size:
         """Return the shape of one slot, for images of shape (C, H, W)."""
@@ -39,3 +48,26 @@ class AddedNoise(Corruption):
         """Fill the slots with noise around the image."""
         self._noise.fill_(slots, generator)
         slots += image
+
+
+class LayerNoise(Corruption):
+    """Noise on the output of a first, affine layer of the model."""
+
+    def __init__(self, noise: Noise, model: Model, name: str, image: Tensor) -> None:
+        measured = Sensitivity(model, name, image)
+        self._noise, self._layer, self._shape = noise, layer_of(model, name), measured.shape
+        gaussian = {"l2": measured.l2_to_l2, "l1": measured.l1_to_l2}
+        self.sensitivity = gaussian if noise.norm == "l2" else {"l1": measured.l1_to_l1}
+
+    def shape(self, image: torch.Size) -> torch.Size:
+        """Return the shape of the layer's output."""
+        return self._shape
+
+    def write_(self, slots: Tensor, image: Tensor, generator: torch.Generator) -> None:
+        """Fill the slots with noise; the image comes later."""
+        self._noise.fill_(slots, generator)
+
+    def ask(self, question: Callable[[Tensor], Tensor], slots: Tensor, x: Tensor, owner: Tensor) -> Tensor:
+        """Return what `question` says while the layer's output is noisy."""
+        with output_changed(self._layer, lambda output: output + slots):
+            return question(x[owner])

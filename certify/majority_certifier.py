@@ -87,6 +87,11 @@ class AddedNoiseCertifier(MajorityCertifier):
         super().__post_init__()
         self.noise  # noqa: B018  (it checks its parameter)
 
+    @property
+    def source(self) -> tuple[object, ...]:
+        """The noise."""
+        return (self.noise,)
+
     def corruption(self, model: Model, x: Tensor, bounds: tuple[float, float]) -> Corruption:
         """Return the addition of noise."""
         return AddedNoise(self.noise)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -48,7 +49,7 @@ class SmoothingCertifier(Certifier):
     The proofs are for noise in real numbers. Float32 noise is a finite set of points, and a base classifier made for
     the purpose could tell them apart (Voracek and Hein 2022, arXiv:2207.07209).
 
-    A subclass writes `norms`, `corruption` and `proven`.
+    A subclass writes `norms`, `source`, `corruption` and `proven`.
 
     Attributes:
         n0: draws that choose the class.
@@ -77,6 +78,11 @@ class SmoothingCertifier(Certifier):
             )
         if self.memory_budget is not None and self.memory_budget < 1:
             raise ValueError(f"a memory budget is a number of bytes, at least 1, got {self.memory_budget}")
+
+    @property
+    @abstractmethod
+    def source(self) -> tuple[object, ...]:
+        """What the copies are corrupted with; certifiers with equal sources can read each other's votes."""
 
     @abstractmethod
     def corruption(self, model: Model, x: Tensor, bounds: tuple[float, float]) -> Corruption:
@@ -111,8 +117,11 @@ class SmoothingCertifier(Certifier):
     def certify_votes(self, votes: Votes, y: Tensor, threat: Lp) -> Certificate:
         """Return the certificate that votes (B) prove about labels `y`, int64 (B,).
 
-        Votes have to come from the noise of this certifier, and are this one's `n0`, `n` and `alpha` to interpret.
+        Raises:
+            ValueError: votes on copies that were corrupted with something else.
         """
+        if votes.source != self.source:
+            raise ValueError(f"{self} reads votes under {self.source}, got votes under {votes.source}")
         found = torch.from_numpy(self.proven(votes, threat.norm)).to(y.device) if len(y) else y.double()
         answered, radius = ~found.isnan(), found.nan_to_num(nan=0.0)
         verified = answered & (radius >= torch.from_numpy(_budget(threat, len(y))).to(y.device))
@@ -199,19 +208,24 @@ class SmoothingCertifier(Certifier):
         found = self.certify_votes(votes, y, Lp(norm, 0.0, bounds))
         return torch.where(found.certified, found.radius, 0.0).clamp(max=math.inf if max_eps is None else max_eps)
 
-    def largest_radius(self, norm: str, shape: torch.Size, num_classes: int = 2) -> float:
+    def largest_radius(
+        self, norm: str, shape: torch.Size, num_classes: int = 2, sensitivity: Mapping[str, float] | None = None
+    ) -> float:
         """Return the radius in `norm` that n unanimous votes prove, for images of `shape` (C, H, W)."""
         unanimous = torch.zeros(1, num_classes, dtype=torch.int64)
         unanimous[0, 0] = self.n
-        return float(np.nan_to_num(self.proven(Votes(unanimous, unanimous, self.n0, unanimous[:, 0], shape), norm))[0])
+        votes = Votes(unanimous, unanimous, self.n0, unanimous[:, 0], shape, self.source, sensitivity or {})
+        return float(np.nan_to_num(self.proven(votes, norm))[0])
 
     @torch.no_grad()
     def _vote(self, model: Model, x: Tensor, streams: Streams, bounds: tuple[float, float], threat: Lp | None) -> Votes:
         """SAMPLE and COUNT of Cohen et al.: n0 draws, then up to n others until the plan has seen enough."""
         if not len(x):
-            return _no_votes(x, self.n0)
-        poll = Poll(model, x, self.corruption(model, x, bounds), self.memory_budget)
-        needed = None if threat is None else self._needed(threat, x, poll.num_classes)
+            nothing = torch.zeros(0, 2, dtype=torch.int64, device=x.device)
+            return Votes(nothing, nothing, self.n0, nothing[:, 0], x.shape[1:], self.source)
+        corruption = self.corruption(model, x, bounds)
+        poll = Poll(model, x, corruption, self.memory_budget)
+        needed = None if threat is None else self._needed(threat, x, poll.num_classes, corruption)
         selection, measured = Ballot(streams, poll.num_classes), Ballot(streams, poll.num_classes)
         rows = list(range(len(x)))
         poll.extend(selection, rows, 0, self.n0)
@@ -226,11 +240,14 @@ class SmoothingCertifier(Certifier):
                 rows = [row for row, more in zip(rows, open_.tolist(), strict=True) if more]
             if not rows:
                 break
-        return Votes(selection.counts, measured.counts, self.n0, torch.from_numpy(draws).to(x.device), x.shape[1:])
+        drawn = torch.from_numpy(draws).to(x.device)
+        counts = (selection.counts, measured.counts, self.n0, drawn)
+        return Votes(*counts, x.shape[1:], self.source, corruption.sensitivity)
 
-    def _needed(self, threat: Lp, x: Tensor, num_classes: int) -> Array | None:
+    def _needed(self, threat: Lp, x: Tensor, num_classes: int, corruption: Corruption) -> Array | None:
         """Return `needed` for a threat, after a check that n draws can prove its eps at all."""
-        eps, largest = _budget(threat, len(x)), self.largest_radius(threat.norm, x.shape[1:], num_classes)
+        eps = _budget(threat, len(x))
+        largest = self.largest_radius(threat.norm, x.shape[1:], num_classes, corruption.sensitivity)
         if eps.max() > largest:
             raise ValueError(
                 f"n = {self.n} draws at alpha = {self.alpha:g} can prove a {threat.norm} radius of at most "
@@ -263,13 +280,6 @@ def _winner(counts: Tensor, alpha: float) -> Tensor:
     return torch.where(torch.from_numpy(clear).to(counts.device), classes[:, 0], ABSTAIN)
 
 
-def _no_votes(x: Tensor, n0: int) -> Votes:
-    nothing = torch.zeros(0, 2, dtype=torch.int64, device=x.device)
-    return Votes(nothing, nothing, n0, nothing[:, 0], x.shape[1:])
-
-
 def _joined(parts: list[Votes]) -> Votes:
-    selection, counts, draws = (
-        torch.cat([getattr(p, name) for p in parts]) for name in ("selection", "counts", "draws")
-    )
-    return Votes(selection, counts, parts[0].n0, draws, parts[0].shape)
+    selection, counts = (torch.cat([getattr(part, name) for part in parts]) for name in ("selection", "counts"))
+    return replace(parts[0], selection=selection, counts=counts, draws=torch.cat([part.draws for part in parts]))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ class Votes:
         n0: number of draws behind `selection`.
         draws: int64 (B,) number of draws behind `counts`.
         shape: (C, H, W) of the images.
+        source: what the copies were corrupted with; only certifiers with the same `source` can read the votes.
+        sensitivity: for noise inside the net, by norm of the input, how far the noisy layer moves at most when the
+            input moves by 1; empty for noise on the input.
     """
 
     selection: Tensor
@@ -27,6 +31,8 @@ class Votes:
     n0: int
     draws: Tensor
     shape: torch.Size
+    source: tuple[object, ...]
+    sensitivity: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def chosen(self) -> Tensor:
