@@ -11,6 +11,9 @@ if TYPE_CHECKING:  # for type checkers and editors; a file that is not named her
     from robustbench_lite.certify.base import Certifier as Certifier
     from robustbench_lite.certify.bounds import bounds as bounds
     from robustbench_lite.certify.errors import UnsupportedOperator as UnsupportedOperator
+    from robustbench_lite.certify.exact import Exact as Exact
+    from robustbench_lite.certify.exact_margins import exact_margins as exact_margins
+    from robustbench_lite.certify.exact_margins import relaxation_bounds as relaxation_bounds
     from robustbench_lite.certify.graph import graph_of as graph_of
     from robustbench_lite.certify.ibp import IBP as IBP
     from robustbench_lite.certify.laplace_smoothing import LaplaceSmoothing as LaplaceSmoothing
@@ -20,11 +23,14 @@ if TYPE_CHECKING:  # for type checkers and editors; a file that is not named her
     from robustbench_lite.certify.noise import LaplaceNoise as LaplaceNoise
     from robustbench_lite.certify.noise import Noise as Noise
     from robustbench_lite.certify.noise import UniformNoise as UniformNoise
+    from robustbench_lite.certify.pixel_dp import PixelDP as PixelDP
     from robustbench_lite.certify.randomized_smoothing import RandomizedSmoothing as RandomizedSmoothing
+    from robustbench_lite.certify.renyi_smoothing import RenyiSmoothing as RenyiSmoothing
     from robustbench_lite.certify.smoothing_certifier import SmoothingCertifier as SmoothingCertifier
     from robustbench_lite.certify.stopping import EarlyStopping as EarlyStopping
     from robustbench_lite.certify.stopping import FixedSampleSize as FixedSampleSize
     from robustbench_lite.certify.stopping import Stopping as Stopping
+    from robustbench_lite.certify.top_two_certifier import TopTwoCertifier as TopTwoCertifier
     from robustbench_lite.certify.uniform_smoothing import UniformSmoothing as UniformSmoothing
     from robustbench_lite.certify.votes import Votes as Votes
 
