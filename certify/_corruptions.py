@@ -71,3 +71,26 @@ class LayerNoise(Corruption):
         """Return what `question` says while the layer's output is noisy."""
         with output_changed(self._layer, lambda output: output + slots):
             return question(x[owner])
+
+
+class RandomPixels(Corruption):
+    """Only k random pixels of an image are kept; the others are NULL.
+
+    A pixel v of the range [low, high] is shown as the two values v - low and high - v, in two channels for each one of
+    the image; NULL is zero in both, which no pixel is.
+    """
+
+    def __init__(self, k: int, bounds: tuple[float, float]) -> None:
+        self._k, self._bounds = k, bounds
+
+    def shape(self, image: torch.Size) -> torch.Size:
+        """Return (2 C, H, W)."""
+        return torch.Size((2 * image[0], *image[1:]))
+
+    def write_(self, slots: Tensor, image: Tensor, generator: torch.Generator) -> None:
+        """Fill the slots; the kept pixels are those with the k largest of uniform float64 keys: ties have no weight."""
+        keys = torch.empty(len(slots), image[0].numel(), dtype=torch.float64, device=image.device)
+        kept = keys.uniform_(generator=generator).topk(self._k, dim=1, sorted=False).indices
+        mask = torch.zeros_like(keys, dtype=image.dtype).scatter_(1, kept, 1).reshape(-1, 1, *image.shape[1:])
+        low, high = self._bounds
+        torch.mul(torch.cat([image - low, high - image]), mask, out=slots)
