@@ -10,6 +10,8 @@ from robustbench_lite.core.exports import export_all
 if TYPE_CHECKING:  # for type checkers and editors; a file that is not named here is exported all the same
     from robustbench_lite.certify.base import Certifier as Certifier
     from robustbench_lite.certify.bounds import bounds as bounds
+    from robustbench_lite.certify.curves import CertifiedAccuracy as CertifiedAccuracy
+    from robustbench_lite.certify.curves import log_rank as log_rank
     from robustbench_lite.certify.errors import UnsupportedOperator as UnsupportedOperator
     from robustbench_lite.certify.exact import Exact as Exact
     from robustbench_lite.certify.exact_margins import exact_margins as exact_margins
@@ -24,6 +26,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a file that is not named her
     from robustbench_lite.certify.noise import Noise as Noise
     from robustbench_lite.certify.noise import UniformNoise as UniformNoise
     from robustbench_lite.certify.pixel_dp import PixelDP as PixelDP
+    from robustbench_lite.certify.randomized_ablation import RandomizedAblation as RandomizedAblation
     from robustbench_lite.certify.randomized_smoothing import RandomizedSmoothing as RandomizedSmoothing
     from robustbench_lite.certify.renyi_smoothing import RenyiSmoothing as RenyiSmoothing
     from robustbench_lite.certify.smoothing_certifier import SmoothingCertifier as SmoothingCertifier
@@ -33,5 +36,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a file that is not named her
     from robustbench_lite.certify.top_two_certifier import TopTwoCertifier as TopTwoCertifier
     from robustbench_lite.certify.uniform_smoothing import UniformSmoothing as UniformSmoothing
     from robustbench_lite.certify.votes import Votes as Votes
+    from robustbench_lite.certify.whole_set import bonferroni as bonferroni
+    from robustbench_lite.certify.whole_set import holm as holm
 
 globals().update(export_all(__name__, __path__))
