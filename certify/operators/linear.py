@@ -64,7 +64,7 @@ def affine_image(z: Interval, weight: Tensor, bias: Tensor | None) -> Interval:
 def _apply(z: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if weight.ndim == 2:
         return F.linear(z, weight, bias)
-    out = torch.einsum("boi,bi->bo", weight, z)
+    out = torch.matmul(weight, z.unsqueeze(-1)).squeeze(-1)
     return out if bias is None else out + bias
 
 

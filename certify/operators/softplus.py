@@ -2,11 +2,19 @@
 
 Each piece is monotone, and at the threshold torch's function falls by log(1 + exp(-threshold)) / beta: 2e-9 with the
 defaults, 0.3 with a threshold of 1. An interval that holds the threshold counts both one-sided limits.
+
+Lines, for the convex part those of CROWN (Zhang et al. 2018, arXiv 1811.00866): above, the chord; below, the tangent at
+the middle. Where the threshold lies inside, the line above is the side over the middle of the triangle of both ends and
+the limit from below, the highest point of f there; the line below is t if the middle is beyond the threshold, else the
+tangent at the middle, or at d if that is left of it, where d's tangent goes through the lowest point at the threshold.
+Slopes stay between 0 and 1, however steep the fall. Each line is moved to the extreme of f less it, and outwards by
+the rounding that `_tangents` states.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +23,9 @@ from torch.nn import functional as F
 
 from robustbench_lite.certify.intervals import Interval
 from robustbench_lite.certify.ir import Node
-from robustbench_lite.certify.operators.registry import Build, Value, interval, layer, spelled
+from robustbench_lite.certify.lines import Lines
+from robustbench_lite.certify.operators._tangents import Ends, between, chord, narrow_width, over_corner, resting, where
+from robustbench_lite.certify.operators.registry import Build, Value, interval, layer, lines, spelled
 
 __all__: list[str] = []
 
@@ -40,10 +50,57 @@ def interval_softplus(node: Node, z: Value) -> Interval:
     if isinstance(z, Tensor):
         raise TypeError("softplus of a fixed value is no node of its own")
     beta, threshold = node.attributes["beta"], node.attributes["threshold"]
+    edge, before = _edge(beta, threshold)
     image = z.monotone(lambda t: F.softplus(t, beta, threshold))
-    edge = threshold / beta
-    before = edge + math.log1p(math.exp(-threshold)) / beta if threshold > -700 else 0.0  # limit from below
     held = (z.lower <= edge) & (z.upper >= edge)
     lower = torch.where(held, image.lower.clamp_max(edge), image.lower)
     upper = torch.where(held, image.upper.clamp_min(before), image.upper)
     return Interval(lower, upper)
+
+
+@lines("softplus")
+def lines_softplus(node: Node, z: Interval) -> Lines:
+    """Return the lines around softplus."""
+    beta, threshold = node.attributes["beta"], node.attributes["threshold"]
+    edge, before = _edge(beta, threshold)
+    ends = Ends.of(z.lower, z.upper, lambda t: F.softplus(t, beta, threshold))
+    doubt = 4 * torch.finfo(z.lower.dtype).eps * abs(edge)  # torch compares beta t with the threshold, rounded
+    curved = where(torch.le, z.lower, edge + doubt)
+    split = curved * where(torch.ge, z.upper, edge - doubt)
+    beyond = where(torch.ge, ends.centre, edge)
+
+    point = ends.centre + (_lowest_tangent(threshold) / beta - ends.centre).clamp_max(0) * split
+    point = torch.maximum(point, z.lower)
+    tangent = torch.lerp(torch.sigmoid(beta * point), torch.ones_like(point), beyond)
+    at, jump = torch.lerp(z.lower, torch.full_like(point, edge), split), split * (before - edge)
+    highest = torch.lerp(ends.at_lower, at + jump, split)
+    lowest = torch.lerp(ends.at_lower, at, split)
+
+    narrow = where(torch.lt, ends.width, narrow_width(point)) * (1 - split)
+    outer = over_corner(torch.lerp(chord(ends), tangent, narrow), ends, split, at, highest).clamp(0, 1)
+    below = [(-point, -_smooth(point, beta)), (-at, -lowest)]
+    return between(resting(tangent, ends.turned(), below, curved), resting(outer, ends, [(at, highest)], curved))
+
+
+def _edge(beta: float, threshold: float) -> tuple[float, float]:
+    """Return where the function jumps, and its limit from below there."""
+    edge = threshold / beta
+    return edge, edge + math.log1p(math.exp(-threshold)) / beta if threshold > -700 else 0.0
+
+
+def _smooth(t: Tensor, beta: float) -> Tensor:
+    """log(1 + exp(beta t)) / beta: its fall at 40 is below float64."""
+    return F.softplus(t, beta, 40.0)
+
+
+@cache
+def _lowest_tangent(threshold: float) -> float:
+    """Return beta d, where the tangent at d goes through (threshold, threshold) / beta; about threshold - 1."""
+    low, high = min(threshold, 0.0) - 1e6, threshold
+    for _ in range(100):
+        middle = (low + high) / 2
+        small = math.exp(-abs(middle))
+        rest = math.log1p(small) + max(middle, 0.0) - threshold
+        rest += (1 if middle > 0 else small) / (1 + small) * (threshold - middle)
+        low, high = (middle, high) if rest < 0 else (low, middle)
+    return low
