@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from robustbench_lite.core.goals import Goal, Targeted, Untargeted
-from robustbench_lite.core.losses import Loss, cross_entropy, margin
+from robustbench_lite.core.losses import Loss, cross_entropy, dlr, margin, relative_to_spread
 
 __all__ = ["LOSSES", "Towards", "likeliest_targets", "ratio"]
 
@@ -42,16 +42,10 @@ def difference(logits: Tensor, goal: Goal) -> Tensor:
 
 
 def ratio(logits: Tensor, goal: Goal) -> Tensor:
-    """Difference of logits ratio (Croce and Hein 2020): `difference` over the spread of the largest logits.
-
-    The spread is z_(1) - z_(3), or towards a target z_(1) - (z_(3) + z_(4)) / 2. Where there are only three classes
-    it is z_(1) - z_(3) in both cases; with two there is nothing to compare with, and the difference itself is left.
-    """
-    top = logits.topk(min(logits.shape[1], 3 if type(goal) is Untargeted else 4), dim=1).values
-    if top.shape[1] < 3:
-        return difference(logits, goal)
-    floor = top[:, 2] if top.shape[1] == 3 else (top[:, 2] + top[:, 3]) / 2
-    return difference(logits, goal) / (top[:, 0] - floor + 1e-12)
+    """Difference of logits ratio; with a target to head for, z_t - z_y over the spread of the four largest logits."""
+    if not isinstance(goal, Towards):
+        return dlr(logits, goal)
+    return relative_to_spread(difference(logits, goal), logits, 4)
 
 
 LOSSES: dict[str, Loss] = {"ce": ce, "margin": difference, "dlr": ratio}

@@ -13,7 +13,7 @@ from robustbench_lite.core.goals import Goal, Targeted
 
 Loss = Callable[[Tensor, Goal], Tensor]
 
-__all__ = ["LOSSES", "Loss", "cross_entropy", "dlr", "loss_named", "margin"]
+__all__ = ["LOSSES", "Loss", "cross_entropy", "dlr", "loss_named", "margin", "relative_to_spread"]
 
 
 def cross_entropy(logits: Tensor, goal: Goal) -> Tensor:
@@ -40,17 +40,26 @@ def dlr(logits: Tensor, goal: Goal) -> Tensor:
 
     Untargeted: (max_{j != y} z_j - z_y) / (z_(1) - z_(3)), logits sorted in descending order. Targeted:
     (z_t - max_{j != t} z_j) / (z_(1) - (z_(3) + z_(4)) / 2); the original's numerator z_t - z_y needs the true label,
-    which a targeted goal does not name.
+    which a targeted goal does not name. Departure: with fewer classes than that, where the original crashes, see
+    `relative_to_spread`.
 
     Raises:
-        ValueError: fewer than 3 classes (untargeted) or 4 (targeted); the margin loss has no such limit.
+        ValueError: fewer than two classes.
     """
-    needed = 4 if isinstance(goal, Targeted) else 3
-    if logits.shape[1] < needed:
-        raise ValueError(f"DLR needs at least {needed} classes here, got {logits.shape[1]}: use the margin loss")
-    top = logits.topk(needed, dim=1).values
-    floor = (top[:, 2] + top[:, 3]) / 2 if isinstance(goal, Targeted) else top[:, 2]
-    return margin(logits, goal) / (top[:, 0] - floor + 1e-12)
+    return relative_to_spread(margin(logits, goal), logits, 4 if isinstance(goal, Targeted) else 3)
+
+
+def relative_to_spread(difference: Tensor, logits: Tensor, largest: int) -> Tensor:
+    """Divide (B,) by the spread of the `largest` logits: 3, z_(1) - z_(3), or 4, z_(1) - (z_(3) + z_(4)) / 2.
+
+    With three classes the spread is z_(1) - z_(3) in both cases; with two there is nothing to compare with, and the
+    difference is returned as it is (the ratio's gradient would be 0 everywhere).
+    """
+    top = logits.topk(min(logits.shape[1], largest), dim=1).values
+    if top.shape[1] < 3:
+        return difference
+    floor = top[:, 2] if top.shape[1] == 3 else (top[:, 2] + top[:, 3]) / 2
+    return difference / (top[:, 0] - floor + 1e-12)
 
 
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}

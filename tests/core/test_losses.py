@@ -42,13 +42,20 @@ def test_dlr_by_its_formula_and_its_invariance():
         assert torch.allclose(dlr(7 * Z - 3, goal), dlr(Z, goal))
 
 
+def test_dlr_with_few_classes():
+    """Two classes: the margin, for (z_1 - z_2) / (z_1 - z_2) has no slope; three: the third is all there is to take."""
+    two, three = Z[:, :2], Z[:, :3]
+    assert torch.equal(dlr(two, Untargeted(Y % 2)), margin(two, Untargeted(Y % 2)))
+    assert torch.equal(dlr(two, Targeted(Y % 2)), margin(two, Targeted(Y % 2)))
+    spread = three.amax(dim=1) - three.amin(dim=1)
+    for goal in (Untargeted(Y % 3), Targeted(Y % 3)):
+        assert torch.allclose(dlr(three, goal), margin(three, goal) / spread)
+
+
 def test_too_few_classes_are_named():
-    with pytest.raises(ValueError, match="DLR needs at least 3"):
-        dlr(Z[:, :2], Untargeted(Y % 2))
-    with pytest.raises(ValueError, match="DLR needs at least 4"):
-        dlr(Z[:, :3], Targeted(Y % 3))
-    with pytest.raises(ValueError, match="at least 2 classes"):
-        margin(Z[:, :1], Untargeted(torch.zeros(50, dtype=torch.int64)))
+    for loss in (margin, dlr):
+        with pytest.raises(ValueError, match="at least 2 classes"):
+            loss(Z[:, :1], Untargeted(torch.zeros(50, dtype=torch.int64)))
 
 
 def test_names():
