@@ -14,7 +14,7 @@ from robustbench_lite.certify.intervals import Interval
 from robustbench_lite.certify.linear_bounds import MEMORY_BUDGET, LinearBounds, specification_rows
 from robustbench_lite.certify.precision import full_precision
 from robustbench_lite.certify.propagate import propagate
-from robustbench_lite.certify.slopes import Ascent, chosen
+from robustbench_lite.certify.slopes import Ascent
 from robustbench_lite.core.errors import lookup
 from robustbench_lite.core.norms import NORMS
 
@@ -176,7 +176,7 @@ def _with_slopes(net: LinearBounds, rows: Dense, memory_budget: int) -> tuple[Li
     with torch.no_grad():
         slopes = Ascent().best_slopes(net, rows, memory_budget)
     own = net.take(rows.samples)
-    return own, {index: chosen(own.lines(own.graph.nodes[index]), slope) for index, slope in slopes.items()}
+    return own, {index: own.lines(own.graph.nodes[index]).chosen(slope) for index, slope in slopes.items()}
 
 
 def _specification(C: Tensor, num_classes: int, x: Tensor) -> Tensor:

@@ -57,12 +57,12 @@ class Interval:
     @property
     def centre(self) -> Tensor:
         """The middle of the box."""
-        return (self.lower + self.upper) / 2
+        return torch.lerp(self.lower, self.upper, 0.5)
 
     @property
     def radius(self) -> Tensor:
         """Half the width of the box."""
-        return (self.upper - self.lower) / 2
+        return (self.upper - self.lower) * 0.5
 
     @classmethod
     def around(cls, centre: Tensor, radius: Tensor, ball: Ball | None = None) -> Interval:

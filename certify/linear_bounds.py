@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,11 @@ from robustbench_lite.certify.rows import Dense, OneHot, Rows
 
 __all__ = ["LinearBounds"]
 
+Side: TypeAlias = tuple[int, int]
+
 MEMORY_BUDGET = 2**27  # bytes; chunks larger than this are no faster on two cores
 FIRST_CHUNK = 256  # rows of the first walk, which is watched: before it nothing is known about its memory
+ROUNDING = 64  # units of rounding of a box's larger end, by which linear bounds of hidden neurons are widened
 TEMPORARIES = 8  # tensors as large as the largest coefficients that a walk holds at a time
 MIXING = {"linear", "conv2d", "avg_pool2d", "adaptive_avg_pool2d", "mean"}  # each output sums several inputs
 MOVING = {"reshape", "permute", "index", "pad", "batch_norm", "mul", "div"}  # each output reads one input
@@ -42,8 +46,11 @@ class LinearBounds:
         tighten: whether the boxes of activations' inputs come from linear bounds of their own (CROWN), each cut with
             its interval bounds and used by all that follow; otherwise from interval bounds (CROWN-IBP).
         memory_budget: bytes that coefficients may take at a time.
+        slopes: for the walks from one side of one box, lower slopes (B, ...) by position of the activation.
+        known: other bounds of the same graph and region, whose boxes these are cut with.
 
     Attributes:
+        sides: the sides of the boxes that came from linear bounds: (node, 0 below or 1 above).
         values: of each node its value where it is fixed, its box where linear bounds need it, else the box's shape.
         final: interval bounds of the output, from the boxes above.
     """
@@ -57,8 +64,12 @@ class LinearBounds:
         *,
         tighten: bool = True,
         memory_budget: int,
+        slopes: Mapping[Side, Mapping[int, Tensor]] | None = None,
+        known: LinearBounds | None = None,
     ) -> None:
-        self.graph, self.region = graph, region
+        self.graph, self.model, self.region = graph, model, region
+        self.sides: list[Side] = []
+        self._slopes, self._known = slopes or {}, known
         self.values: list[Value | None] = [None] * len(graph.nodes)
         self._lines: dict[int, Lines] = {}
         self._readers = _readers(graph)
@@ -157,19 +168,29 @@ class LinearBounds:
 
     def _tightened(self, node: Node, box: Interval) -> Interval:
         """Return the box cut with linear bounds of the neurons for which that can matter."""
+        known = None if self._known is None else self._known.values[node.index]
+        if isinstance(known, Interval):
+            box = box.intersect(known)
         owner, index = self._wanted(node, box).flatten(1).nonzero(as_tuple=True)
         if not len(owner):
             return box
+        self.sides += [(node.index, 0), (node.index, 1)]
         one = torch.ones_like(owner, dtype=box.lower.dtype)
-        shape = tuple(box.lower.shape[1:])
-        lower = self.lower(node.index, OneHot(one, owner, shape, index))
-        upper = -self.lower(node.index, OneHot(-one, owner, shape, index))
-        place = (owner, index)
+        shape, place = tuple(box.lower.shape[1:]), (owner, index)
+        below, above = (OneHot(sign * one, owner, shape, index) for sign in (1, -1))
+        slack = ROUNDING * torch.finfo(one.dtype).eps * torch.maximum(-box.lower, box.upper).flatten(1)[place]
+        lower = self.lower(node.index, below, self._chosen(node.index, 0)) - slack
+        upper = -self.lower(node.index, above, self._chosen(node.index, 1)) + slack
         found = Interval(
             box.lower.flatten(1).index_put(place, lower).reshape(box.lower.shape),
             box.upper.flatten(1).index_put(place, upper).reshape(box.upper.shape),
         )
         return box.intersect(found)
+
+    def _chosen(self, at: int, side: int) -> dict[int, Lines]:
+        """Return the lines of the activations whose slopes are given for the walks from one side of a box."""
+        slopes = self._slopes.get((at, side), {})
+        return {index: self.lines(self.graph.nodes[index]).chosen(slope) for index, slope in slopes.items()}
 
     def _wanted(self, node: Node, box: Interval) -> Tensor:
         wanted = torch.zeros_like(box.lower, dtype=torch.bool)

@@ -9,8 +9,9 @@ one pair for each neuron. A lower bound of a * f(t) takes the lower line where a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 __all__ = ["Lines"]
@@ -43,3 +44,14 @@ class Lines:
     def exact(self) -> Tensor:
         """Where both lines are the same, bool: tighter bounds of the input gain nothing there."""
         return (self.lower_slope == self.upper_slope) & (self.lower_shift == self.upper_shift)
+
+    def chosen(self, slope: Tensor) -> Lines:
+        """Return the lines with these lower slopes where they are free."""
+        assert self.free is not None
+        return replace(self, lower_slope=torch.where(self.free, slope, self.lower_slope))
+
+    def take(self, keep: Tensor) -> Lines:
+        """Return the lines of some samples, which may repeat."""
+        names = ("lower_slope", "lower_shift", "upper_slope", "upper_shift")
+        free = None if self.free is None else self.free[keep]
+        return replace(self, **{name: getattr(self, name)[keep] for name in names}, free=free)

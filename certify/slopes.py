@@ -58,7 +58,7 @@ class Ascent:
         """Return the best bounds of rows; `remember` takes their slopes, written in place."""
         net, rows = net.take(rows.samples), replace(rows, owner=None)  # each row is a sample of its own from here on
         fixed = free_lines(net)
-        climb = _Climb([lines.lower_slope for lines in fixed.values()], self)
+        climb = Climb([lines.lower_slope for lines in fixed.values()], self)
         best = torch.full_like(rows.values[:, 0], -torch.inf)
         live = torch.arange(len(rows), device=best.device)
         for step in range(self.steps + 1):
@@ -77,12 +77,12 @@ class Ascent:
             if len(keep) < len(live):
                 net, rows, live = net.take(keep), rows.take(keep), live[keep]
                 rows = replace(rows, owner=None)
-                fixed = {index: _kept(lines, keep) for index, lines in fixed.items()}
+                fixed = {index: lines.take(keep) for index, lines in fixed.items()}
                 climb.take(keep)
         return best
 
 
-class _Climb:
+class Climb:
     """The state of Adam over several tensors, whose first dimension can shrink."""
 
     def __init__(self, slopes: Sequence[Tensor], rule: Ascent) -> None:
@@ -119,19 +119,13 @@ def free_lines(net: LinearBounds) -> dict[int, Lines]:
         return {index: lines for index, lines in every.items() if lines.free is not None and bool(lines.free.any())}
 
 
-def chosen(lines: Lines, slope: Tensor) -> Lines:
-    """Return lines with these lower slopes where they are free."""
-    assert lines.free is not None
-    return replace(lines, lower_slope=torch.where(lines.free, slope, lines.lower_slope))
-
-
 def _valued(
     net: LinearBounds, rows: Dense, fixed: Mapping[int, Lines], slopes: Sequence[Tensor], last: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the bounds (N,) under these slopes, and their gradients unless this is the last look."""
     leaves = [slope.detach().requires_grad_(not last) for slope in slopes]
     with torch.set_grad_enabled(not last):
-        lines = {index: chosen(own, slope) for (index, own), slope in zip(fixed.items(), leaves, strict=True)}
+        lines = {index: own.chosen(slope) for (index, own), slope in zip(fixed.items(), leaves, strict=True)}
         found, shift = net.coefficients(net.graph.output, rows, lines)
         value = net.region.least(found) + shift
         total = value.sum()
@@ -142,11 +136,6 @@ def _valued(
         torch.zeros_like(leaf) if gradient is None else gradient
         for leaf, gradient in zip(leaves, gradients, strict=True)
     ]
-
-
-def _kept(lines: Lines, keep: Tensor) -> Lines:
-    names = ("lower_slope", "lower_shift", "upper_slope", "upper_shift", "free")
-    return replace(lines, **{name: getattr(lines, name)[keep] for name in names})
 
 
 def _chunks(net: LinearBounds, rows: Dense, memory_budget: int) -> list[Dense]:
