@@ -38,8 +38,11 @@ class Moves(Protocol):
     def side(self, share: float) -> int:
         """Return the side of a square window that holds about this share of the pixels."""
 
-    def change(self, side: int, draws: Tensor) -> Tensor:
-        """Return points that differ from the current ones in a random window; valid until `settle`."""
+    def plan(self, sides: list[int], draws: Tensor) -> None:
+        """Take in the sides of the next windows, and the draws (n, len(sides), self.draws) that place and fill them."""
+
+    def change(self, step: int) -> Tensor:
+        """Return points that differ from the current ones in window `step` of the plan; valid until `settle`."""
 
     def settle(self, better: Tensor) -> None:
         """Keep the change where `better`, bool (n,), says so, and take it back elsewhere."""
@@ -54,28 +57,43 @@ class LinfMoves:
     def __init__(self, x: Tensor, threat: Lp, streams: Streams) -> None:
         """Start from vertical stripes, one pixel wide, with a sign for each channel."""
         reach = 2 * threat.radius(x)
-        self._low, self._high = threat.project(x - reach, x), threat.project(x + reach, x)
-        self.points = torch.where(streams.uniform(x.shape[1], 1, x.shape[3]) < 0.5, self._high, self._low)
+        # (n, 2, C, H * W): the lower and the upper end of each entry.
+        self._ends = torch.stack([threat.project(x - reach, x), threat.project(x + reach, x)], dim=1).flatten(3)
+        up = streams.uniform(x.shape[1], 1, x.shape[3]) < 0.5
+        self.points = torch.where(up, self._ends[:, 1].view(x.shape), self._ends[:, 0].view(x.shape)).contiguous()
         self.draws = 3 + x.shape[1]
+        self.plan([], x.new_empty(len(x), 0, self.draws))
 
     def take(self, keep: Tensor) -> LinfMoves:
         part = copy(self)
-        part._low, part._high, part.points = (t.index_select(0, keep) for t in (self._low, self._high, self.points))
+        part._ends, part.points = self._ends.index_select(0, keep), self.points.index_select(0, keep)
+        part._corners, part._up, part._flips = (t.index_select(1, keep) for t in (self._corners, self._up, self._flips))
         return part
 
     def side(self, share: float) -> int:
         height, width = self.points.shape[2:]
         return min(max(round(math.sqrt(share * height * width)), 1), height, width)
 
-    def change(self, side: int, draws: Tensor) -> Tensor:
-        """Give each channel of the window a random sign, in place; signs that change nothing are drawn again."""
-        window = _window(self.points, side, draws[:, 0], draws[:, 1])
-        low, high, old = (t.flatten(2).gather(2, window) for t in (self._low, self._high, self.points))
-        up = draws[:, 3:, None] < 0.5
+    def plan(self, sides: list[int], draws: Tensor) -> None:
+        """Place all windows, and give each channel a random sign, and other signs in case these change nothing."""
+        draws = draws.transpose(0, 1)
+        lengths = torch.tensor(sides, dtype=torch.int64, device=draws.device).unsqueeze(1)
+        self._sides = sides
+        self._corners = _corners(self.points, lengths, draws[..., 0], draws[..., 1])
+        self._up = draws[..., 3:, None] < 0.5
+        self._flips = _some_channels(draws[..., 2], self.points.shape[1])
+
+    def change(self, step: int) -> Tensor:
+        """Set each channel of the window to one of the ends, in place."""
+        n, channels = self.points.shape[:2]
+        window = _window(self.points, self._sides[step], self._corners[step])
+        low, high = self._ends.gather(3, window[:, None].expand(n, 2, channels, -1)).unbind(dim=1)
+        flat, up = self.points.view(n, channels, -1), self._up[step]
+        old = flat.gather(2, window)
         idle = (torch.where(up, high, low) == old).flatten(1).all(dim=1)
-        up = up ^ (_some_channels(draws[:, 2], old.shape[1]) & idle[:, None, None])
-        self._undo = window, old, torch.where(up, high, low)
-        self.points.flatten(2).scatter_(2, window, self._undo[2])
+        new = torch.where(up ^ (self._flips[step] & idle[:, None, None]), high, low)
+        flat.scatter_(2, window, new)
+        self._undo = window, old, new
         return self.points
 
     def settle(self, better: Tensor) -> None:
@@ -90,6 +108,7 @@ class L2Moves:
         """Start from a grid of bump pairs, five along the shorter side."""
         self._x, self._radius, self._bounds = x, threat.radius(x).expand(len(x), 1, 1, 1), threat.bounds
         self.draws = 5 + x.shape[1]
+        self.plan([], x.new_empty(len(x), 0, self.draws))
         n, channels, height, width = x.shape
         side = max(min(height, width) // 5, 1)
         down, across = height // side, width // side
@@ -104,7 +123,9 @@ class L2Moves:
 
     def take(self, keep: Tensor) -> L2Moves:
         part = copy(self)
-        part._x, part._radius, part.points = (t.index_select(0, keep) for t in (self._x, self._radius, self.points))
+        part._x, part._radius, part.points, part._draws = (
+            t.index_select(0, keep) for t in (self._x, self._radius, self.points, self._draws)
+        )
         return part
 
     def side(self, share: float) -> int:
@@ -112,10 +133,15 @@ class L2Moves:
         side = max(round(math.sqrt(share * height * width)), 3)
         return min(side + (side + 1) % 2, height, width)
 
-    def change(self, side: int, draws: Tensor) -> Tensor:
+    def plan(self, sides: list[int], draws: Tensor) -> None:
+        self._sides, self._draws = sides, draws
+
+    def change(self, step: int) -> Tensor:
         """Move the mass of a second window, and what clipping left unused, into the first one, channel by channel."""
-        first = _window(self.points, side, draws[:, 0], draws[:, 1])
-        second = _window(self.points, side, draws[:, 2], draws[:, 3])
+        side, draws = self._sides[step], self._draws[:, step]
+        first, second = (
+            _window(self.points, side, _corners(self.points, side, draws[:, i], draws[:, i + 1])) for i in (0, 2)
+        )
         delta = (self.points - self._x).flatten(2)
         cleared = delta.scatter(2, first, 0).scatter_(2, second, 0)
         squares, kept = (t.square().sum(dim=2, keepdim=True) for t in (delta, cleared))
@@ -148,22 +174,35 @@ class L2Moves:
 MOVES: dict[str, type[Moves]] = {"linf": LinfMoves, "l2": L2Moves}
 
 
-def _window(images: Tensor, side: int, down: Tensor, across: Tensor) -> Tensor:
-    """Return flat pixel positions, int64 (n, C, side * side), of windows at uniform places (all that fit)."""
+def _corners(images: Tensor, side: int | Tensor, down: Tensor, across: Tensor) -> Tensor:
+    """Return the flat positions, int64, of the upper left corners of windows at uniform places (all that fit)."""
     height, width = images.shape[2:]
-    top, left = ((u * (size - side + 1)).long().clamp_max(size - side) for u, size in ((down, height), (across, width)))
-    steps = torch.arange(side, device=images.device)
-    corner = (top * width + left).reshape(-1, 1, 1)
-    return (corner + (steps[:, None] * width + steps).reshape(1, 1, -1)).expand(-1, images.shape[1], -1)
+    # A number just below 1, times the count of places, may round up to it.
+    top, left = ((u * (size - side + 1)).long() for u, size in ((down, height), (across, width)))
+    top, left = (torch.minimum(at, torch.as_tensor(s - side)) for at, s in ((top, height), (left, width)))
+    return torch.add(left, top, alpha=width)
+
+
+def _window(images: Tensor, side: int, corners: Tensor) -> Tensor:
+    """Return the flat pixel positions, int64 (n, C, side * side), of windows with their upper left corners there."""
+    window = corners[:, None, None] + _square(side, images.shape[3], images.device)
+    return window.expand(-1, images.shape[1], -1)
+
+
+@lru_cache(maxsize=64)
+def _square(side: int, width: int, device: torch.device) -> Tensor:
+    """Return the flat positions of a square window at the upper left corner of an image, (side * side,)."""
+    steps = torch.arange(side, device=device)
+    return (steps[:, None] * width + steps).flatten()
 
 
 def _some_channels(draw: Tensor, channels: int) -> Tensor:
-    """Return bool (n, C, 1): a uniform choice among the sets of channels that are not empty."""
+    """Return bool (..., C, 1) for draws (...): a uniform choice among the sets of channels that are not empty."""
     count = min(channels, CODED_CHANNELS)
     code = (1 + (draw * (2**count - 1)).long()).clamp_max(2**count - 1)
     bits = torch.arange(channels, device=draw.device)
-    chosen: Tensor = ((code[:, None] >> bits.clamp_max(count)) & 1) == 1
-    return chosen.unsqueeze(2)
+    chosen: Tensor = ((code[..., None] >> bits.clamp_max(count)) & 1) == 1
+    return chosen.unsqueeze(-1)
 
 
 def _signs(draws: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from robustbench_lite.attacks._square_moves import MOVES
 from robustbench_lite.attacks.base import Attack
 from robustbench_lite.core.goals import Goal
-from robustbench_lite.core.losses import Loss, loss_named
+from robustbench_lite.core.losses import loss_named
 from robustbench_lite.core.oracle import Access, Oracle
 from robustbench_lite.core.rng import Streams
 from robustbench_lite.core.threats import Lp, Threat
@@ -86,24 +86,22 @@ class Square(Attack):
         if len(rows) == 0:
             return
         moves = MOVES[threat.norm](oracle.x[rows], threat.take(rows), streams.take(rows))
-        value = _ask(oracle, moves.points, rows, loss)
-        draws = value.new_empty(len(rows), BLOCK, moves.draws)
+        oracle.scores(moves.points, rows, loss)
+        value = oracle.losses.nan_to_num(nan=-torch.inf)
+        sides = [moves.side(self.share(step)) for step in range(self.queries - 1)]
         for step in range(self.queries - 1):
             if step % oracle.compact_every == 0:
                 keep = oracle.still(rows, oracle.scores_cost)
-                if len(keep) < len(rows):
-                    rows, value, draws, moves = rows[keep], value[keep], draws[keep], moves.take(keep)
-                if len(keep) == 0:
+                if keep.numel() == 0:
                     return
+                if keep.numel() < rows.numel():
+                    rows, value = rows[keep], value[keep]
+                    moves = moves.take(keep)
             if step % BLOCK == 0:
-                draws = streams.take(rows).uniform(BLOCK, moves.draws)
-            changed = moves.change(moves.side(self.share(step)), draws[:, step % BLOCK])
-            new = _ask(oracle, changed, rows, loss)
-            better = new > value
-            value = torch.where(better, new, value)
+                ahead = sides[step : step + BLOCK]
+                moves.plan(ahead, streams.take(rows).uniform(BLOCK, moves.draws)[:, : len(ahead)])
+            changed = moves.change(step % BLOCK)
+            oracle.scores(changed, rows, loss)
+            better = oracle.losses > value
+            value = torch.where(better, oracle.losses, value)
             moves.settle(better)
-
-
-def _ask(oracle: Oracle, points: Tensor, rows: Tensor, loss: Loss) -> Tensor:
-    """Return the loss (n,) of candidates; -inf where it is not a number."""
-    return loss(oracle.scores(points, rows, loss), oracle.goal.take(rows)).nan_to_num(nan=-torch.inf)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from robustbench_lite.core.checks import version_of
 from robustbench_lite.core.threats import Threat
 
-__all__ = ["Incumbent"]
+__all__ = ["UNKNOWN", "Incumbent"]
+
+UNKNOWN = torch.finfo(torch.float64).min  # a failure whose loss nobody knows: the first one stays
+LOWEST = torch.nextafter(torch.tensor(UNKNOWN, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)).item()
 
 
 class Incumbent:
@@ -22,6 +28,7 @@ class Incumbent:
         points: (B, ...) the best points; the clean ones at first.
         fallen: bool (B,) a feasible success was offered.
         done: bool (B,) nothing better is wanted.
+        finished: how often `done` may have changed; -1 on a GPU, where to know it would be to wait.
         first_success: int64 (B,) forward passes spent when the sample first fell, -1 where it has not.
     """
 
@@ -29,55 +36,78 @@ class Incumbent:
         self._x, self._threat, self._keep_first = x, threat, keep_first
         self._last: tuple[Tensor, int | None, tuple[Tensor, Threat]] | None = None
         self._minimise = threat.size is None
+        self._on_cpu = x.device.type == "cpu"
         self.points = threat.origin(x).clone()
         self.fallen = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self.done = self.fallen.clone()
+        self.finished = 0 if self._on_cpu else -1
         self.first_success = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
-        self._merit = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
+        # What a failure, and what a success, must reach to be kept; NaN where nothing will be.
+        self._failure_bar = torch.full((len(x),), UNKNOWN, dtype=torch.float64, device=x.device)
+        self._success_bar = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
 
-    def offer(self, points: Tensor, rows: Tensor, success: Tensor, value: Tensor, spent: Tensor) -> None:
-        """Take in points (n, ...) of `rows`, whether each succeeds, its loss, and the forwards spent so far, all (n,).
+    def offer(
+        self, points: Tensor, rows: Tensor, success: Tensor, value: Tensor, spent: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Take in points (n, ...) of `rows`, and whether each succeeds and its loss, both (n,).
 
         Points outside the threat are ignored, whatever they achieve.
+
+        Args:
+            points: (n, ...).
+            rows: int64 (n,), each at most once.
+            success: bool (n,).
+            value: the losses (n,), in any floating dtype.
+            spent: rows to the forward passes spent on them so far.
         """
-        floor = torch.finfo(torch.float64).min  # no loss is known
-        merit = value.double().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=floor)
         if self._minimise:
             x, threat = self._part(rows)
-            merit = torch.where(success, -threat.distance(points, x), merit)
-        wanted = self._wanted(rows, success, merit)
-        if points.device.type == "cpu":  # a closer look at those alone that may be kept
-            chosen = wanted.nonzero().flatten()
-            if len(chosen) == 0:
+            value = torch.where(success, -threat.distance(points, x), value.double())
+        won = None if self._on_cpu and not bool(success.any()) else success  # a GPU is not waited for
+        wanted: Tensor | None = self._wanted(rows, won, value)
+        if self._on_cpu:  # a closer look at those alone that may be kept
+            chosen = cast(Tensor, wanted).nonzero().flatten()
+            if chosen.numel() == 0:
                 return
-            if len(chosen) < len(rows) // 2:
-                points, rows, success, merit, spent, wanted = (
-                    part.index_select(0, chosen) for part in (points, rows, success, merit, spent, wanted)
-                )
-        self._take(points, rows, success, merit, spent, wanted)
-
-    def _wanted(self, rows: Tensor, success: Tensor, merit: Tensor) -> Tensor:
-        """Return bool (n,): which points would be kept if they lie in the threat."""
-        held = self._merit[rows]
-        # Below that no loss is known: the first stays.
-        wins = (merit > held) | ((merit == held) & (merit > torch.finfo(merit.dtype).min))
-        return torch.where(success == self.fallen[rows], wins, success) & ~self.done[rows]
-
-    def _take(
-        self, points: Tensor, rows: Tensor, success: Tensor, merit: Tensor, spent: Tensor, wanted: Tensor
-    ) -> None:
-        """Keep what lies in the threat of the points that are wanted."""
+            if chosen.numel() < rows.numel() // 2:
+                points, rows, value = (part.index_select(0, chosen) for part in (points, rows, value))
+                won, wanted = None if won is None else won.index_select(0, chosen), None
         x, threat = self._part(rows)
-        better = wanted & threat.contains(points, x)
-        won = success & better
-        self._keep(points, rows, better)
-        merit = torch.where(better, merit, self._merit[rows])
-        self._merit[rows] = merit
-        first = self.first_success[rows]
-        self.first_success[rows] = torch.where(won & (first < 0), spent, first)
+        inside = threat.contains(points, x)
+        wanted = inside if wanted is None else wanted & inside
+        self._keep(points, rows, wanted)
+        self._raise_bars(rows, won, value.double(), wanted, spent)
+
+    def _wanted(self, rows: Tensor, success: Tensor | None, value: Tensor) -> Tensor:
+        """Return bool (n,): which points would be kept if they lie in the threat; no `success`: all are failures."""
+        failures = value >= self._failure_bar[rows]
+        if success is None:
+            return failures
+        return torch.where(success, value.nan_to_num(nan=-torch.inf) >= self._success_bar[rows], failures)
+
+    def _raise_bars(
+        self,
+        rows: Tensor,
+        success: Tensor | None,
+        value: Tensor,
+        kept: Tensor,
+        spent: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Note what was kept, and what from now on must be reached."""
+        if success is None:
+            self._failure_bar[rows] = torch.where(kept, value.clamp_min(LOWEST), self._failure_bar[rows])
+            return
+        bar = value.nan_to_num(nan=LOWEST).clamp_min(LOWEST)
+        won = success & kept
+        self._failure_bar[rows] = torch.where(kept, bar.masked_fill(won, torch.nan), self._failure_bar[rows])
+        over = value == 0 if self._minimise else torch.full_like(won, self._keep_first)
+        bar = bar.masked_fill(over, torch.nan)
+        self._success_bar[rows] = torch.where(won, bar, self._success_bar[rows])
+        self.done[rows] |= won & over
         self.fallen[rows] |= won
-        finished = merit == 0 if self._minimise else torch.full_like(success, self._keep_first)
-        self.done[rows] |= self.fallen[rows] & finished
+        first = self.first_success[rows]
+        self.first_success[rows] = torch.where(won & (first < 0), spent(rows), first)
+        self.finished += self._on_cpu
 
     def _part(self, rows: Tensor) -> tuple[Tensor, Threat]:
         """Return the images and the threat of `rows`; a search often asks about the same rows again."""
@@ -89,12 +119,11 @@ class Incumbent:
     def _keep(self, points: Tensor, rows: Tensor, better: Tensor) -> None:
         if points.untyped_storage().data_ptr() == self.points.untyped_storage().data_ptr():
             points = points.clone()
-        if points.device.type == "cpu":
+        if self._on_cpu:
             chosen = better.nonzero().flatten()
-            if len(chosen) == len(rows):
-                self.points.index_copy_(0, rows, points)
-            else:
-                self.points.index_copy_(0, rows[chosen], points.index_select(0, chosen))
+            if chosen.numel() < rows.numel():
+                rows, points = rows[chosen], points.index_select(0, chosen)
+            self.points.index_copy_(0, rows, points)
         else:  # without a wait for the GPU
             shape = (-1,) + (1,) * (points.ndim - 1)
             self.points[rows] = torch.where(better.reshape(shape), points, self.points[rows])

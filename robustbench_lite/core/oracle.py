@@ -6,6 +6,7 @@ deployed model alone. An attack that lies, overspends or leaves the threat can t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from enum import IntEnum
@@ -23,7 +24,8 @@ from robustbench_lite.core.checks import (
     version_of,
 )
 from robustbench_lite.core.goals import Goal
-from robustbench_lite.core.incumbent import Incumbent
+from robustbench_lite.core.incumbent import UNKNOWN, Incumbent
+from robustbench_lite.core.ledger import Ledger
 from robustbench_lite.core.losses import Loss, margin
 from robustbench_lite.core.memory import Memory
 from robustbench_lite.core.models import Model, frozen, is_stochastic, labels_of, own_predict, rejects
@@ -78,12 +80,13 @@ class Oracle:
             for gradients. A chunk that does not fit in the memory of a GPU is halved until it does.
 
     Attributes:
-        forwards: int64 (B,) forward passes spent on each sample, those that judge candidates included.
-        backwards: int64 (B,) backward passes spent on each sample.
         found: the best point of each sample, and which samples have fallen.
+        measure: what ranks candidates that do not succeed, or that all do; None: the loss of the question. An attack of
+            several parts sets one measure for all, or losses of different scales would be compared.
         stochastic: whether the model declares that two calls may differ.
         rejects: whether the model declares that it may refuse an input, which is no success.
         verdict: bool (n,) which candidates of the last question fooled the deployed model, inside the threat or not.
+        losses: (n,) the loss of the candidates of the last question of `scores` or `gradient`.
     """
 
     def __init__(
@@ -102,9 +105,12 @@ class Oracle:
         self.x, self.goal, self.threat, self.access = x, goal, threat, access
         self.max_queries = max_queries
         self.found = Incumbent(x, threat, keep_first=stop == "success")
-        self.forwards = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        self.backwards = self.forwards.clone()
+        self.measure: Loss | None = None
         self.verdict = torch.zeros(0, dtype=torch.bool, device=x.device)
+        self.losses = torch.zeros(0, dtype=x.dtype, device=x.device)
+        self._ledger = Ledger(len(x), x.device)
+        self._everyone: tuple[Tensor, int | None, int, Tensor] | None = None
+        self._aimed: tuple[Tensor, int | None, Goal] | None = None
         self._model, self._view = model, model if view is None else view
         self._own_predict = own_predict(model)
         self._screens = bool(getattr(self._view, "screens", False)) and self._own_predict is None
@@ -123,6 +129,16 @@ class Oracle:
 
     def __exit__(self, *exception: object) -> None:
         self._context.close()
+
+    @property
+    def forwards(self) -> Tensor:
+        """Forward passes spent on each sample, those that judge candidates included, int64 (B,)."""
+        return self._ledger.forwards
+
+    @property
+    def backwards(self) -> Tensor:
+        """Backward passes spent on each sample, int64 (B,)."""
+        return self._ledger.backwards
 
     @property
     def best(self) -> Tensor:
@@ -163,10 +179,15 @@ class Oracle:
 
     def still(self, rows: Tensor, queries: int = 1) -> Tensor:
         """Return the positions within `rows` of those that still search and can pay."""
-        able = ~self.found.done[rows]
         if self.max_queries is not None:
-            able = able & (self.forwards[rows] + queries <= self.max_queries)
-        return able.nonzero().flatten()
+            able = ~self.found.done[rows] & (self.forwards[rows] + queries <= self.max_queries)
+            return able.nonzero().flatten()
+        version, finished, last = version_of(rows), self.found.finished, self._everyone
+        if last is not None and last[0] is rows and version is not None and last[1:3] == (version, finished):
+            return last[3]  # nobody has left since all these were standing
+        able = (~self.found.done[rows]).nonzero().flatten()
+        self._everyone = (rows, version, finished, able) if able.numel() == rows.numel() and finished >= 0 else None
+        return able
 
     def gradient(
         self,
@@ -193,7 +214,7 @@ class Oracle:
             OutOfBudgetError: a row cannot pay.
         """
         self._require(Access.GRADIENT)
-        aims = self.goal.take(rows) if aim is None else aim
+        aims = self._goal(rows) if aim is None else aim
 
         def ask(part: slice) -> tuple[Tensor, ...]:
             leaf = points[part].detach().requires_grad_()
@@ -204,10 +225,10 @@ class Oracle:
             return value.detach(), slope, logits.detach()
 
         self._pay(rows, self.gradient_cost if candidate else self._view_cost, backwards=1)
-        value, slope, logits = self._memory.ask(ask, len(rows), graph=True)
+        value, slope, logits = self._memory.ask(ask, rows.numel(), graph=True)
         if candidate:
-            self._offer(points, rows, value, logits if self._one_pass else None)
-        return value, slope.nan_to_num(0.0, 0.0, 0.0)
+            self._offer(points, rows, value, logits, self._one_pass)
+        return value, _finite(slope)
 
     def pullback(
         self, points: Tensor, rows: Tensor, loss: Loss = margin, *, candidate: bool = True
@@ -228,10 +249,10 @@ class Oracle:
             graph = self._logits(self._view, leaf, rows)
         logits = graph.detach()
         if candidate:
-            self._offer(points, rows, loss(logits, self.goal.take(rows)), logits if self._one_pass else None)
+            self._offer(points, rows, loss(logits, self._goal(rows)), logits, self._one_pass)
 
         def pull(weights: Tensor) -> Tensor:
-            self.backwards.index_add_(0, rows, torch.ones_like(rows))
+            self._ledger.pay(rows, 0, 1)
             return _input_gradient(graph, leaf, weights, retain_graph=True).nan_to_num(0.0, 0.0, 0.0)
 
         return logits, pull
@@ -244,7 +265,7 @@ class Oracle:
             OutOfBudgetError: a row cannot pay.
         """
         self._require(Access.GRADIENT)
-        goal = self.goal.take(rows)
+        goal = self._goal(rows)
 
         def ask(part: slice) -> tuple[Tensor, ...]:
             leaf = points[part].detach().requires_grad_()
@@ -254,7 +275,7 @@ class Oracle:
                 return (_input_gradient((slope * directions[part]).flatten(1).sum(dim=1), leaf).detach(),)
 
         self._pay(rows, self._view_cost, backwards=2)
-        return self._memory.ask(ask, len(rows), graph=True)[0].nan_to_num(0.0, 0.0, 0.0)
+        return self._memory.ask(ask, rows.numel(), graph=True)[0].nan_to_num(0.0, 0.0, 0.0)
 
     def scores(
         self, points: Tensor, rows: Tensor, loss: Loss = margin, aim: Goal | None = None, *, candidate: bool = True
@@ -297,14 +318,14 @@ class Oracle:
         self._pay(rows, 1)
         labels = self._predict(points, rows)
         if candidate:
-            self._judge(points, rows, labels, self._constant(rows, torch.finfo(torch.float64).min))
+            self._judge(points, rows, labels, self._constant(rows, UNKNOWN))
         return labels
 
     def judge_clean(self) -> None:
         """Judge the clean inputs: one forward pass each. As failures they rank below any whose loss is known."""
         rows = self.standing()
         self._pay(rows, 1)
-        self._judge(self.best, rows, self._predict(self.best, rows), self._constant(rows, -torch.inf))
+        self._judge(self.best, rows, self._predict(self.best, rows), self._constant(rows, UNKNOWN))
 
     def judge(self, points: Tensor, rows: Tensor, loss: Loss = margin) -> None:
         """Offer candidates and nothing else; the question that the access level allows is the one that is asked."""
@@ -326,30 +347,33 @@ class Oracle:
         self._pay(rows, self.scores_cost if candidate else 1)
         with torch.no_grad():
             asked = self._view if self._screens else self._model
-            (logits,) = self._memory.ask(lambda part: (self._logits(asked, points[part], rows[part]),), len(rows))
+            (logits,) = self._memory.ask(lambda part: (self._logits(asked, points[part], rows[part]),), rows.numel())
         if candidate:
-            value = loss(logits, self.goal.take(rows) if aim is None else aim)
-            self._offer(points, rows, value, logits if self._screens or self._own_predict is None else None)
+            value = loss(logits, self._goal(rows) if aim is None else aim)
+            self._offer(points, rows, value, logits, self._screens or self._own_predict is None)
         return logits
 
-    def _offer(self, points: Tensor, rows: Tensor, value: Tensor, logits: Tensor | None) -> None:
-        """Judge candidates by the deployed model's logits where they are at hand, else by asking it (already paid)."""
-        if not self._screens or logits is None:
-            labels = self._predict(points, rows) if logits is None else labels_of(logits)
+    def _offer(self, points: Tensor, rows: Tensor, value: Tensor, logits: Tensor, decide: bool) -> None:
+        """Judge candidates: by these logits where they `decide`, else by asking the deployed model (already paid)."""
+        self.losses = value
+        if self.measure is not None:
+            value = self.measure(logits, self._goal(rows))
+        if not self._screens or not decide:
+            labels = _answers(logits) if decide else self._predict(points, rows)
             return self._judge(points, rows, labels, value)
-        apparent = self.goal.take(rows).achieved(labels_of(logits), self.rejects)
+        apparent = self._goal(rows).achieved(_answers(logits), self.rejects)
         success = self._confirm(points, rows, apparent, VOTES if self.stochastic else (1,))
         return self._record(points, rows, success, value)
 
     def _judge(self, points: Tensor, rows: Tensor, labels: Tensor, value: Tensor) -> None:
-        success = self.goal.take(rows).achieved(labels, self.rejects)
+        success = self._goal(rows).achieved(labels, self.rejects)
         if self.stochastic:
             success = self._confirm(points, rows, success, VOTES)
         self._record(points, rows, success, value)
 
     def _record(self, points: Tensor, rows: Tensor, success: Tensor, value: Tensor) -> None:
         self.verdict = success
-        self.found.offer(points, rows, success, value, self.forwards[rows])
+        self.found.offer(points, rows, success, value, lambda chosen: self.forwards[chosen])
 
     def _confirm(self, points: Tensor, rows: Tensor, success: Tensor, rounds: Sequence[int]) -> Tensor:
         """Confirm apparent successes: most answers of each round must be ones too. Who cannot pay has not fallen.
@@ -373,7 +397,7 @@ class Oracle:
     def _predict(self, points: Tensor, rows: Tensor) -> Tensor:
         def ask(part: slice) -> tuple[Tensor, ...]:
             if self._own_predict is None:
-                return (labels_of(self._logits(self._model, points[part], rows[part])),)
+                return (_answers(self._logits(self._model, points[part], rows[part])),)
             images = self._image(points[part], rows[part])
             version = version_of(images)
             labels = self._own_predict(images)
@@ -382,7 +406,14 @@ class Oracle:
             return (labels,)
 
         with torch.no_grad():
-            return self._memory.ask(ask, len(rows))[0]
+            return self._memory.ask(ask, rows.numel())[0]
+
+    def _goal(self, rows: Tensor) -> Goal:
+        """Return the goal of `rows`; a search asks about the same ones again and again."""
+        version = version_of(rows)
+        if self._aimed is None or self._aimed[0] is not rows or version is None or self._aimed[1] != version:
+            self._aimed = rows, version, self.goal.take(rows)
+        return self._aimed[2]
 
     def _image(self, points: Tensor, rows: Tensor) -> Tensor:
         return self.threat.take(rows).apply(self.x[rows], points) if self.threat.parametric else points
@@ -414,23 +445,36 @@ class Oracle:
             raise AccessDeniedError(f"this needs {access.name} access, but the attack declared {self.access.name}")
 
     def _pay(self, rows: Tensor, forwards: int, backwards: int = 0) -> None:
-        spent = self.forwards.index_add(0, rows, torch.full_like(rows, forwards))  # a row may come several times
         if self.max_queries is not None:
+            spent = self.forwards.index_add(0, rows, torch.full_like(rows, forwards))  # a row may come several times
             short = rows[spent[rows] > self.max_queries]
             if len(short):
                 raise OutOfBudgetError(
                     f"samples {sorted(set(short.tolist()))} cannot pay {forwards} more forward passes within "
                     f"max_queries = {self.max_queries}: ask still() or standing() first"
                 )
-        self.forwards.copy_(spent)
-        if backwards:
-            self.backwards.index_add_(0, rows, torch.full_like(rows, backwards))
+        self._ledger.pay(rows, forwards, backwards)
 
 
 def _cost(view: Model) -> int:
     """Return the forward passes of one call of a view: the most that it or a module inside says."""
     parts = view.modules() if isinstance(view, nn.Module) else [view]
     return max(int(getattr(part, "cost", 1)) for part in parts)
+
+
+def _answers(logits: Tensor) -> Tensor:
+    """Return `labels_of(logits)`; on a CPU rows are looked at only where their sum is not finite."""
+    return logits.argmax(dim=1) if _all_finite(logits) else labels_of(logits)
+
+
+def _finite(slope: Tensor) -> Tensor:
+    """Return the slope with 0 for what is not finite."""
+    return slope if _all_finite(slope) else slope.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _all_finite(values: Tensor) -> bool:
+    """Say whether all values surely are finite; never on a GPU, where that would be to wait."""
+    return values.device.type == "cpu" and math.isfinite(values.detach().sum().item())
 
 
 def _input_gradient(

@@ -280,9 +280,10 @@ class Lp(Threat):
         slack = TOLERANCE / 2 - torch.finfo(x.dtype).eps * max(abs(bound) for bound in self.bounds)
         if not isinstance(self.eps, float) or slack <= 0 or len(x) == 0:
             return False
-        (least, most), (low, high) = torch.aminmax(point - x), torch.aminmax(point)
-        near = torch.maximum(-least, most) <= self.eps + slack
-        return bool(near & (low >= self.bounds[0] - slack) & (high <= self.bounds[1] + slack))
+        (least, most), (low, high) = ((v.item() for v in torch.aminmax(t)) for t in (point - x, point))
+        return (
+            max(-least, most) <= self.eps + slack and self.bounds[0] - slack <= low and high <= self.bounds[1] + slack
+        )
 
     @torch.no_grad()
     def project(self, point: Tensor, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from robustbench_lite.attacks import RandomNoise, Square
-from robustbench_lite.attacks._square_moves import MOVES, LinfMoves, _some_channels, _window, bump_pair
+from robustbench_lite.attacks._square_moves import MOVES, LinfMoves, _corners, _some_channels, _window, bump_pair
 from robustbench_lite.core.goals import Targeted
 from robustbench_lite.core.models import predict
 from robustbench_lite.core.rng import Streams
@@ -59,7 +59,8 @@ def test_window_sides_hold_the_share_and_fit_the_image():
 def test_windows_are_squares_at_every_place_that_fits():
     n = 4000
     draws = streams(n).uniform(2)
-    window = _window(torch.zeros(n, 2, 5, 7), 3, draws[:, 0], draws[:, 1])
+    images = torch.zeros(n, 2, 5, 7)
+    window = _window(images, 3, _corners(images, 3, draws[:, 0], draws[:, 1]))
     rows, columns = window // 7, window % 7
     assert window.shape == (n, 2, 9)
     assert (rows.amax(2) - rows.amin(2) == 2).all() and (columns.amax(2) - columns.amin(2) == 2).all()
@@ -68,6 +69,16 @@ def test_windows_are_squares_at_every_place_that_fits():
     fits[:3, :5] = True
     assert torch.equal(corners > 0, fits.flatten())
     assert (corners[corners > 0] / n - 1 / 15).abs().max() < 0.02
+    most = torch.full((1,), 1 - 2**-24)
+    assert _corners(images, 3, most, most).tolist() == [2 * 7 + 4]
+
+
+def test_a_plan_for_several_sides_places_each_window_as_it_would_alone():
+    images, draws = torch.zeros(50, 1, 6, 9), streams(50).uniform(3, 2)
+    sides = torch.tensor([[1], [3], [6]])
+    planned = _corners(images, sides, draws[..., 0].T, draws[..., 1].T)
+    for step, side in enumerate([1, 3, 6]):
+        assert torch.equal(planned[step], _corners(images, side, draws[:, step, 0], draws[:, step, 1]))
 
 
 def test_signs_that_change_nothing_are_replaced_by_a_uniform_other_choice():
@@ -88,7 +99,8 @@ def test_linf_moves_stay_on_the_corners_and_always_change_something(channels):
     source = streams(20)
     for step in range(30):
         before = moves.points.clone()
-        after = moves.change(1 + step % 5, source.uniform(moves.draws)).clone()
+        moves.plan([1 + step % 5], source.uniform(1, moves.draws))
+        after = moves.change(0).clone()
         assert (after != before).flatten(1).any(dim=1).all()
         low, high = (x - 0.2).clamp(0, 1), (x + 0.2).clamp(0, 1)
         assert torch.minimum((after - low).abs(), (after - high).abs()).max() < 1e-12
@@ -139,8 +151,9 @@ def test_l2_moves_mass_within_two_windows_and_channels():
     moves = MOVES["l2"](x, Lp("l2", 0.3), streams(6))
     before = moves.points.clone()
     draws = streams(6).uniform(moves.draws)
-    after = moves.change(3, draws)
-    first, second = _window(x, 3, draws[:, 0], draws[:, 1]), _window(x, 3, draws[:, 2], draws[:, 3])
+    moves.plan([3], draws.unsqueeze(1))
+    after = moves.change(0)
+    first, second = (_window(x, 3, _corners(x, 3, draws[:, i], draws[:, i + 1])) for i in (0, 2))
     outside = torch.ones(6, 2, 81, dtype=torch.bool).scatter(2, first, False).scatter(2, second, False)
     assert torch.allclose(after.flatten(2)[outside], before.flatten(2)[outside], atol=1e-6)
     for channel in range(2):
