@@ -42,7 +42,8 @@ class SmoothingCertifier(Certifier):
     reaches the threat's eps. `radius` is all that the votes prove and may exceed eps. Each certificate is wrong with
     probability at most `alpha`; for a whole set of samples see `bonferroni` and `holm`.
 
-    A sample's draws come from its own stream: batch size, memory budget and the other samples change nothing. Those
+    A sample's draws come from its own stream: batch size, memory budget and the other samples change nothing, up to
+    the rounding of the forward pass. Those
     that choose the class are not used to measure it. The same votes serve other certifiers of the same noise:
     `other.certify_votes(one.votes(model, x), y, threat)`.
 

@@ -14,8 +14,7 @@ __all__ = ["UniformSmoothing"]
 class UniformSmoothing(AddedNoiseCertifier):
     """Votes under uniform noise on [-half_width, half_width]: l1 radius 2 * half_width * (pA - 1/2).
 
-    Never beyond half_width, which unanimous votes approach; the best known l1 certificate of its kind at large radii.
-    l2 holds at R / sqrt(d) and linf at R / d.
+    Never beyond half_width, which unanimous votes approach. l2 holds at R / sqrt(d) and linf at R / d.
 
     Source: Yang, Duan, Hu, Salman, Razenshteyn, Li, "Randomized Smoothing of All Shapes and Sizes", ICML 2020,
     arXiv:2002.08118; the bound is also in Lee, Yuan, Chang, Jaakkola, NeurIPS 2019, arXiv:1906.04948.
