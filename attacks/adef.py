@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from robustbench_lite.attacks._memory import graphs
 from robustbench_lite.attacks.base import Attack
 from robustbench_lite.core.goals import Goal, Targeted
 from robustbench_lite.core.oracle import Oracle
@@ -28,6 +29,7 @@ from robustbench_lite.core.threats import Threat
 __all__ = ["ADef"]
 
 BESIDE = 1e-4  # pixels from a pixel's centre: either side of the kink
+FIELDS = 3  # classes whose fields take about the room that `Oracle.capacity` leaves for a probe
 
 
 @dataclass(frozen=True)
@@ -65,26 +67,45 @@ class ADef(Attack):
         rows = oracle.standing(2 * oracle.probe_cost)
         if len(rows) == 0:
             return oracle.best
-        raw = threat.origin(x[rows])
-        (f, slope, rivals), (f_back, slope_back, _) = self._both_sides(oracle, raw, rows)
-        raw = self._step(threat, x[rows], raw, (f + f_back) / 2, (slope + slope_back) / 2)
+        begun = [self._begin(oracle, threat, rows[part]) for part in self._parts(oracle, rows)]
+        raw, rivals = (torch.cat(part) for part in zip(*begun, strict=True))
         for _ in range(self.steps - 1):
             keep = oracle.still(rows, oracle.gradient_cost)
             rows, raw, rivals = rows[keep], raw[keep], rivals[keep]
             if len(rows) == 0:
                 return oracle.best
-            f, slope, rivals = self._linearise(oracle, self._candidate(threat, x[rows], raw), rows, rivals)
-            keep = (~oracle.verdict).nonzero().flatten()  # the search ends at the boundary
-            rows, raw, rivals = rows[keep], raw[keep], rivals[keep]
-            raw = self._step(threat, x[rows], raw, f[keep], slope[keep])
+            gone = [
+                self._go_on(oracle, threat, rows[part], raw[part], rivals[part]) for part in self._parts(oracle, rows)
+            ]
+            raw, searching = (torch.cat(part) for part in zip(*gone, strict=True))
+            rows, raw, rivals = rows[searching], raw[searching], rivals[searching]
         keep = oracle.still(rows, oracle.judge_cost)
         if len(keep):
             oracle.judge(self._candidate(threat, x[rows[keep]], raw[keep]), rows[keep])
         return oracle.best
 
-    def _both_sides(self, oracle: Oracle, raw: Tensor, rows: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        ahead = self._linearise(oracle, raw + BESIDE, rows, None, candidate=False)
-        return [ahead, self._linearise(oracle, raw - BESIDE, rows, ahead[2], candidate=False)]
+    def _parts(self, oracle: Oracle, rows: Tensor) -> tuple[Tensor, ...]:
+        """Split positions so that the graph of each part, and its fields towards all classes, keep within memory."""
+        size = max(1, graphs(oracle) // (1 + self.classes // FIELDS))
+        return torch.split(torch.arange(len(rows), device=rows.device), size)
+
+    def _begin(self, oracle: Oracle, threat: Deformation, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return raw fields (n, 2, H, W) after one step from the clean images, and the rivals, int64 (n, k)."""
+        raw = threat.origin(oracle.x[rows])
+        f, slope, rivals = self._linearise(oracle, raw + BESIDE, rows, None, candidate=False)
+        f_back, slope_back, _ = self._linearise(oracle, raw - BESIDE, rows, rivals, candidate=False)
+        return self._step(threat, oracle.x[rows], raw, (f + f_back) / 2, (slope + slope_back) / 2), rivals
+
+    def _go_on(
+        self, oracle: Oracle, threat: Deformation, rows: Tensor, raw: Tensor, rivals: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Judge the candidates and step on; return the raw fields, and bool (n,): who searches on."""
+        x = oracle.x[rows]
+        f, slope, _ = self._linearise(oracle, self._candidate(threat, x, raw), rows, rivals)
+        searching = ~oracle.verdict  # the search ends at the boundary
+        keep = searching.nonzero().flatten()
+        raw = raw.index_copy(0, keep, self._step(threat, x[keep], raw[keep], f[keep], slope[keep]))
+        return raw, searching
 
     def _linearise(
         self, oracle: Oracle, points: Tensor, rows: Tensor, rivals: Tensor | None, *, candidate: bool = True

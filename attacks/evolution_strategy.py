@@ -4,7 +4,8 @@ Threat: linf, l2. Access: scores.
 Source: the strategies are those of Wierstra et al. 2011 (1106.4487), Salimans et al. 2017 (1703.03864) and Hansen 2016
 (1604.00772), see `attacks/strategies.py`; the search in low frequencies is that of Guo, Frank and Weinberger 2018
 (1809.08758).
-A generation of one sample is held whole, in float64: population times coefficients, some seven times.
+A generation of one sample is held whole, in float64: population times coefficients, some seven times. Where that does
+not fit in the memory budget, the attack refuses.
 Departures: they were not made for attacks. Members are projected on the threat before they are asked about. The best
 member of each generation is then put to the oracle as a candidate, at one more query.
 """
@@ -18,6 +19,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from robustbench_lite.attacks._memory import budget
 from robustbench_lite.attacks._nes_search import check_queries, take
 from robustbench_lite.attacks._purse import Purse
 from robustbench_lite.attacks.base import Attack
@@ -46,7 +48,7 @@ class EvolutionStrategy(Attack):
         loss: "margin", "ce" or "dlr", or a function of logits and goal.
 
     Raises:
-        ValueError: a hyper-parameter out of range.
+        ValueError: a hyper-parameter out of range; on a call, a generation that does not fit in the memory budget.
     """
 
     strategy: Strategy = field(default_factory=RankNES)
@@ -71,9 +73,21 @@ class EvolutionStrategy(Attack):
         """Let generations pass until each sample has fallen or has spent its budget."""
         ball, size = cast(Lp, threat), self.basis.size(x.shape[1:])
         purse, everyone = Purse(oracle, self.queries), oracle.standing()
-        for rows in torch.split(everyone, self.strategy.at_once(size)):
+        for rows in torch.split(everyone, self._at_once(oracle, size)):
             self._search(oracle, ball, rows, size, purse, streams)
         return oracle.best
+
+    def _at_once(self, oracle: Oracle, size: int) -> int:
+        """Return how many searches may run at a time: their states take a quarter of the budget."""
+        allowed, state = budget(oracle), self.strategy.state_bytes(size)
+        needed = state + self.strategy.generation_bytes(size)
+        if needed > allowed:
+            raise ValueError(
+                f"a generation of {self.strategy.members(size)} members with {size} coefficients takes about "
+                f"{needed / 2**20:.1f} MiB for one image, over the memory budget of {allowed / 2**20:.1f} MiB: lower "
+                "the population, choose a smaller basis such as DCT(0.1), or raise memory_budget"
+            )
+        return max(1, allowed // (4 * state))
 
     def _search(self, oracle: Oracle, threat: Lp, rows: Tensor, size: int, purse: Purse, streams: Streams) -> None:
         count = self.strategy.members(size)

@@ -18,7 +18,14 @@ __all__ = ["survives_rounding"]
 
 
 def survives_rounding(
-    model: Model, result: AttackResult, x: Tensor, goal: Goal | Tensor, threat: Threat, levels: int = 256
+    model: Model,
+    result: AttackResult,
+    x: Tensor,
+    goal: Goal | Tensor,
+    threat: Threat,
+    levels: int = 256,
+    *,
+    memory_budget: int | None = None,
 ) -> Tensor:
     """Return bool (B,): which successes are still successes after rounding to `levels` values; one forward pass each.
 
@@ -35,6 +42,7 @@ def survives_rounding(
         goal: the goal, or labels int64 (B,).
         threat: the threat that it was given.
         levels: number of values an entry can take; 256 is 8 bits.
+        memory_budget: bytes that questions to the model may take, as for an attack.
 
     Raises:
         ValueError: fewer than 2 levels, or another number of images than of results.
@@ -55,7 +63,8 @@ def survives_rounding(
     if len(rows) == 0:
         return survived
     anywhere = Lp("linf", None, threat.bounds)
-    with Oracle(model, clean, as_goal(goal).take(rows), anywhere, access=Access.LABEL) as oracle:
+    part_goal = as_goal(goal).take(rows)
+    with Oracle(model, clean, part_goal, anywhere, access=Access.LABEL, memory_budget=memory_budget) as oracle:
         oracle.labels(rounded, torch.arange(len(rows), device=x.device))
         survived[rows] = oracle.verdict
     return survived

@@ -21,8 +21,9 @@ from robustbench_lite.core.rng import Streams
 __all__ = ["CMAES", "OpenAIES", "RankNES", "Strategy"]
 
 State = dict[str, Tensor]
-LARGEST_CMA = 512  # coefficients; an update holds some six matrices of this size squared for each sample
-CMA_BYTES = 2**28
+LARGEST_CMA = 512  # coefficients: an eigendecomposition takes the cube of their number
+MATRICES, VECTORS = 8, 12  # that a state and its update hold
+COPIES = 7  # of a generation: draws and members, with the halves and the order they are made by
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,13 @@ class Strategy(ABC):
     def members(self, size: int) -> int:
         """Return the number of members of a generation in `size` dimensions."""
 
-    def at_once(self, size: int) -> int:
-        """Return how many searches may run at a time, for the memory that their states take."""
-        return 2**20
+    def state_bytes(self, size: int) -> int:
+        """Return the bytes that the state of one search takes, what an update makes of it included."""
+        return 8 * VECTORS * size
+
+    def generation_bytes(self, size: int) -> int:
+        """Return the bytes that a generation of one search takes: it is held whole, in float64."""
+        return 8 * COPIES * self.members(size) * size
 
     @abstractmethod
     def start(self, unit: Tensor, size: int) -> State:
@@ -205,9 +210,9 @@ class CMAES(Strategy):
         """Return the population, by default the tutorial's."""
         return 4 + int(3 * math.log(size)) if self.population is None else self.population
 
-    def at_once(self, size: int) -> int:
-        """Return how many searches' matrices fit in 256 MiB."""
-        return max(1, CMA_BYTES // (6 * 8 * size**2))
+    def state_bytes(self, size: int) -> int:
+        """Return the bytes of a covariance matrix, its root, and what an update makes of them."""
+        return 8 * (MATRICES * size**2 + VECTORS * size)
 
     def start(self, unit: Tensor, size: int) -> State:
         """Return round distributions at 0.

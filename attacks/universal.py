@@ -198,6 +198,7 @@ class UniversalPerturbation:
         *,
         view: Model | None = None,
         generator: torch.Generator | None = None,
+        memory_budget: int | None = None,
     ) -> FixedPerturbation:
         """Fit on all images but those held out.
 
@@ -210,6 +211,7 @@ class UniversalPerturbation:
             threat: an linf, l2 or l1 ball with one eps.
             view: a differentiable stand-in to take gradients from.
             generator: the source of randomness, one draw; None: a fresh one with seed 0.
+            memory_budget: bytes that questions to the model may take, as for an attack.
 
         Returns:
             The attack, with its success on both parts; `held_out_success` is None where nothing was held out.
@@ -232,29 +234,32 @@ class UniversalPerturbation:
         x, goal_fitted = images[fitted].detach(), goal.take(fitted)
         tries = []
         for _ in range(self.starts):
-            attack = FixedPerturbation(Perturbation(self._ascend(model, x, goal_fitted, threat, view, streams)))
-            tries.append((_success(attack, model, x, goal_fitted, threat), attack))
+            with Oracle(model, x, goal_fitted, threat, view=view, memory_budget=memory_budget) as oracle:
+                attack = FixedPerturbation(Perturbation(self._ascend(oracle, threat, streams)))
+            tries.append((_success(attack, model, x, goal_fitted, threat, memory_budget), attack))
         success, attack = max(tries, key=lambda pair: pair[0])
-        held_out = _success(attack, model, images[rest], goal.take(rest), threat) if len(rest) else None
+        if len(rest) == 0:
+            return FixedPerturbation(attack.perturbation, success)
+        held_out = _success(attack, model, images[rest], goal.take(rest), threat, memory_budget)
         return FixedPerturbation(attack.perturbation, success, held_out)
 
-    def _ascend(self, model: Model, x: Tensor, goal: Goal, threat: Lp, view: Model | None, streams: Streams) -> Tensor:
-        """Run over the batches, and return the perturbation (C, H, W)."""
+    def _ascend(self, oracle: Oracle, threat: Lp, streams: Streams) -> Tensor:
+        """Run over the batches of the oracle's images, and return the perturbation (C, H, W)."""
+        x = oracle.x
         ball = Lp(threat.norm, threat.eps, (threat.bounds[0] - threat.bounds[1], threat.bounds[1] - threat.bounds[0]))
         zero = torch.zeros_like(x[:1])
         delta = zero if self.starts == 1 else ball.random_point(zero, streams)
         direction, loss = self.update.start(ball), self.clipped_loss()
         total, done = self.epochs * math.ceil(len(x) / self.batch_size), 0
-        with Oracle(model, x, goal, threat, view=view) as oracle:
-            for _ in range(self.epochs):
-                for rows in torch.split(_shuffled(len(x), streams), self.batch_size):
-                    moved = x[rows] + delta
-                    points = moved.clamp(*threat.bounds)
-                    gradient = oracle.gradient(points, rows, loss, candidate=False)[1]
-                    mean = (gradient * (points == moved)).mean(dim=0, keepdim=True)
-                    length = 2 * self.path * ball.radius(x) / total * (1 - (done + 0.5) / total)
-                    delta = ball.project(delta + length * direction(mean), zero)
-                    done += 1
+        for _ in range(self.epochs):
+            for rows in torch.split(_shuffled(len(x), streams), self.batch_size):
+                moved = x[rows] + delta
+                points = moved.clamp(*threat.bounds)
+                gradient = oracle.gradient(points, rows, loss, candidate=False)[1]
+                mean = (gradient * (points == moved)).mean(dim=0, keepdim=True)
+                length = 2 * self.path * ball.radius(x) / total * (1 - (done + 0.5) / total)
+                delta = ball.project(delta + length * direction(mean), zero)
+                done += 1
         return delta[0]
 
 
@@ -262,6 +267,8 @@ def _shuffled(count: int, streams: Streams) -> Tensor:
     return streams.uniform(count, dtype=torch.float64)[0].argsort()
 
 
-def _success(attack: FixedPerturbation, model: Model, images: Tensor, goal: Goal, threat: Threat) -> float:
+def _success(
+    attack: FixedPerturbation, model: Model, images: Tensor, goal: Goal, threat: Threat, memory_budget: int | None
+) -> float:
     """Return the share of images that the attack fools, those wrong without it included."""
-    return attack(model, images, goal, threat).success.double().mean().item()
+    return attack(model, images, goal, threat, memory_budget=memory_budget).success.double().mean().item()

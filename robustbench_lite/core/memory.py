@@ -31,12 +31,13 @@ class Memory:
 
     Attributes:
         capacity: probe images that may be alive at a time.
+        budget: the bytes in force.
     """
 
     def __init__(self, budget: int | None, x: Tensor, watch: bool = True, passes: int = 1) -> None:
         if budget is not None and budget < 1:
             raise ValueError(f"a memory budget is a number of bytes, at least 1, got {budget}")
-        self._budget = _default_budget(x.device) if budget is None else budget
+        self.budget = _default_budget(x.device) if budget is None else budget
         self._image = x[0].numel() * x.element_size() if len(x) else 1
         self._limited, self._passes = budget is not None, passes
         self._most: int | None = None  # images in one pass, once a GPU has run out of memory
@@ -44,6 +45,11 @@ class Memory:
         self._watch = watch
         if not watch:
             self._learn(64 * self._image, 1024 * self._image)
+
+    @property
+    def graphs(self) -> int:
+        """Points whose graphs for gradients may be alive at a time; 2^62 where nothing limits them."""
+        return min(self._size(graph=True), self._most or 2**62)
 
     def ask(self, ask: Ask, count: int, *, graph: bool = False) -> tuple[Tensor, ...]:
         """Ask about positions 0 .. count - 1 in chunks, and join the answers; `graph`: a graph for gradients is kept.
@@ -96,9 +102,9 @@ class Memory:
         and a shortcut), and an attack holds about twenty images for each probe: draws, directions, probes, and what
         operators make of them, some in float64. A graph keeps all activations, and the backward pass a few more.
         """
-        self.capacity = max(1, int(self._budget / (4 * largest + PER_PROBE * self._image)))
+        self.capacity = max(1, int(self.budget / (4 * largest + PER_PROBE * self._image)))
         graph = 1.5 * total * self._passes + 4 * largest + PER_PROBE * self._image
-        self._graphs = max(1, int(self._budget / graph))
+        self._graphs = max(1, int(self.budget / graph))
 
 
 def _default_budget(device: torch.device) -> int:

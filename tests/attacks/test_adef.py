@@ -10,6 +10,7 @@ from scipy.ndimage import gaussian_filter
 from robustbench_lite.attacks import ADef
 from robustbench_lite.core.goals import Targeted
 from robustbench_lite.core.models import predict
+from robustbench_lite.core.oracle import Oracle
 from robustbench_lite.core.spatial import Deformation, RotationTranslation
 
 SIDE = 11
@@ -141,3 +142,36 @@ def test_bad_settings_are_named(net, images):
             ADef(**settings)
     with pytest.raises(ValueError, match="does not support"):
         ADef()(net, images, predict(net, images), RotationTranslation())
+
+
+def test_memory_bounds_the_graphs_and_changes_nothing(net, images, monkeypatch):
+    """All gradients of a sample come from one graph, so the rows are split."""
+    y, asked, pullback = predict(net, images), [], Oracle.pullback
+
+    def spy(self, points, *args, **kwargs):
+        asked.append(len(points))
+        return pullback(self, points, *args, **kwargs)
+
+    monkeypatch.setattr(Oracle, "pullback", spy)
+    for threat in (Deformation(None), Deformation(0.6)):
+        whole = ADef(steps=5)(net, images, y, threat)
+        assert max(asked) == 12
+        asked.clear()
+        frugal = ADef(steps=5)(net, images, y, threat, memory_budget=500_000)
+        assert 1 < max(asked) < 12
+        asked.clear()
+        assert torch.allclose(frugal.parameters, whole.parameters, atol=1e-9)
+        assert torch.equal(frugal.forwards, whole.forwards)
+
+
+def test_logits_that_are_not_finite_move_nothing(images):
+    """A field with a NaN would crash torch's sampling; a target that no finite logit names is not reached."""
+
+    def fragile(x):
+        away = (x - images[:2]).flatten(1).abs().amax(dim=1) > 1e-9
+        return x.flatten(1)[:, :3].masked_fill(away.unsqueeze(1), torch.nan)
+
+    target = (images[:2].flatten(1)[:, :3].argmax(dim=1) + 1) % 3
+    result = ADef(steps=3)(fragile, images[:2], Targeted(target), Deformation(1.0))
+    assert not result.success.any()
+    assert result.parameters.isfinite().all()

@@ -278,11 +278,24 @@ def test_memory_bounds_the_members_and_changes_nothing(strategy, capacity, smoot
 
     monkeypatch.setattr(Oracle, "scores", spy)
     monkeypatch.setattr(Oracle, "capacity", capacity)
-    monkeypatch.setattr(type(strategy), "at_once", lambda self, size: 5)
+    monkeypatch.setattr(EvolutionStrategy, "_at_once", lambda self, oracle, size: 5)
     frugal = attack(smooth, images, y, threat, max_queries=120)
     assert max(asked) <= capacity
     assert torch.allclose(frugal.x_adv, expected.x_adv, atol=1e-12)
     assert torch.equal(frugal.forwards, expected.forwards)
+
+
+@every_strategy
+def test_a_generation_that_does_not_fit_in_memory_is_refused(strategy, smooth, images):
+    """And one that just fits is searched, as many images at a time as the budget has room for."""
+    y, attack = predict(smooth, images), EvolutionStrategy(strategy, DCT(0.5))
+    room = strategy.state_bytes(9) + strategy.generation_bytes(9)
+    assert room >= 8 * 9 * strategy.members(9)
+    with pytest.raises(ValueError, match="lower the population, choose a smaller basis"):
+        attack(smooth, images, y, Lp("linf", 0.1), max_queries=60, memory_budget=room - 1)
+    frugal = attack(smooth, images, y, Lp("linf", 0.1), max_queries=60, memory_budget=room)
+    expected = attack(smooth, images, y, Lp("linf", 0.1), max_queries=60)
+    assert torch.allclose(frugal.x_adv, expected.x_adv, atol=1e-12)
 
 
 def test_scores_are_enough_and_the_rest_says_so(smooth, images):

@@ -15,6 +15,7 @@ ATTACKS = [
     "SPSA(samples=600)",
     "FiniteDifferences(coordinates=600)",
     "EvolutionStrategy(RankNES(population=100), Pixels())",
+    "EvolutionStrategy(CMAES(), DCT(0.3))",
     "NESPartialInformation(samples=600, queries=1300)",
     "NESLabelOnly(samples=20, m=60, queries=1300)",
     "Square(queries=30)",

@@ -128,3 +128,22 @@ def test_bad_calls_say_what_is_wrong(net, images):
         survives_rounding(net, result, images, y, Lp("linf", 0.1), levels=1)
     with pytest.raises(ValueError, match="images of the attack"):
         survives_rounding(net, result, images[:3], y[:3], Lp("linf", 0.1))
+
+
+def test_memory_bounds_the_questions_and_changes_nothing():
+    """The first pass, of at most 64 images, tells what an image takes; then questions are as small as the budget."""
+    asked, clean = [], torch.linspace(0, 0.5, 200, dtype=torch.float64)
+
+    def model(x):
+        asked.append(len(x))
+        return threshold(0.45)(x)
+
+    result, labels = result_of((clean + 0.2).tolist()), torch.zeros(200, dtype=torch.int64)
+    images, threat = clean.reshape(-1, 1, 1, 1), Lp("linf", 0.3)
+    whole = survives_rounding(model, result, images, labels, threat)
+    assert max(asked) == 136  # the rest of 200, after the first pass
+    asked.clear()
+    frugal = survives_rounding(model, result, images, labels, threat, memory_budget=2000)
+    assert asked[0] == 64 > max(asked[1:])
+    assert torch.equal(frugal, whole)
+    assert 0 < whole.sum() < 200

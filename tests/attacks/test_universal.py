@@ -170,6 +170,25 @@ def test_bad_settings_say_what_is_wrong(attack, net, images, y):
             build()
 
 
+def test_memory_bounds_the_questions_and_changes_little():
+    """The first pass, of at most 64 images, tells what an image takes; then questions are as small as the budget."""
+    asked = []
+
+    def model(x):
+        asked.append(len(x))
+        return torch.stack([x.mean(dim=(1, 2, 3)), x.square().mean(dim=(1, 2, 3))], dim=1)
+
+    x = torch.rand(200, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y, fit = torch.zeros(200, dtype=torch.int64), UniversalPerturbation(epochs=3)
+    whole = fit.fit(model, x, y, Lp("linf", 0.1))
+    assert max(asked) == 160
+    asked.clear()
+    frugal = fit.fit(model, x, y, Lp("linf", 0.1), memory_budget=60_000)
+    assert max(asked) == 64
+    assert torch.allclose(frugal.perturbation.delta, whole.perturbation.delta, atol=1e-9)
+    assert frugal.held_out_success == whole.held_out_success
+
+
 @pytest.mark.slow
 def test_a_standard_net_falls_to_one_perturbation_on_unseen_images(shared_data):
     """SEEDS X7: linf 0.3 leaves a standard MNIST net well below half, and unseen images fare like the others."""
