@@ -9,8 +9,9 @@ Sound whatever q is: a tangent at a point of the concave part is above all of it
 largest at an end. So a slope is chosen first, with q as exact as a few steps make it, and the line is then moved up to
 the largest of three values of f. The line below is the line above -f(-t), with its shift negated.
 
-The line is moved outwards by 8 units of rounding of |slope| * max(|l|, |u|) + max(|f(l)|, |f(u)|), for the errors of
-these steps and of torch's own functions; where l = u both lines are the constant f(l).
+The line is moved outwards by 8 units of rounding of |slope| * max(|l|, |u|) + max |f|, for the errors of these steps
+and of torch's own functions; where l = u both lines are the constant f(l). Not counted: numbers that underflow, and the
+rounding of t in an f(t) as small as exp(-|t|), which is |t| units of f itself.
 """
 
 from __future__ import annotations
@@ -139,10 +140,11 @@ def resting(
     some = ends.width.detach().sign()
     slope = slope * some
     shift = torch.maximum(ends.at_lower - slope * ends.lower, ends.at_upper - slope * ends.upper)
+    highest = torch.maximum(ends.at_lower.abs(), ends.at_upper.abs())
     for point, value in points:
         shift = torch.maximum(shift, value - slope * point)
-    reach = torch.maximum(-ends.lower, ends.upper)  # max(|l|, |u|)
-    size = torch.addcmul(torch.maximum(ends.at_lower.abs(), ends.at_upper.abs()), slope.abs(), reach)
+        highest = torch.maximum(highest, value.abs())
+    size = torch.addcmul(highest, slope.abs(), torch.maximum(-ends.lower, ends.upper))
     unit = 8 * torch.finfo(slope.dtype).eps
     return slope, torch.addcmul(shift, size, some if curved is None else some * curved, value=unit)
 

@@ -83,7 +83,7 @@ def lines_elu(node: Node, z: Interval) -> Lines:
         return between(resting(tangent, ends.turned(), [middle], curved), resting(outer, ends, (), curved))
     corner = torch.zeros_like(outer)
     outer = over_corner(outer, ends, bent, corner, corner)
-    inside = torch.clamp(corner, z.lower.detach(), z.upper.detach())  # 0, or the end that is nearer to it
+    inside = torch.clamp(corner, z.lower, z.upper)  # 0, or the end that is nearer to it
     above = resting(outer, ends, [(inside, F.elu(inside, alpha))], curved)
     return between(line_above(_turned(alpha), ends.turned(), curved), above)
 

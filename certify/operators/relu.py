@@ -68,7 +68,8 @@ def lines_leaky_relu(node: Node, z: Interval) -> Lines:
     relu = lines_relu(node, z)
     ends = torch.tensor([left, 1.0], dtype=z.lower.dtype, device=z.lower.device)
     inner, outer = (torch.lerp(ends[0], ends[1], slope) for slope in (relu.lower_slope, relu.upper_slope))
-    margin = 8 * torch.finfo(z.lower.dtype).eps * max(1.0, left) * (z.upper - z.lower) * relu.upper_shift.sign()
+    unit = 8 * torch.finfo(z.lower.dtype).eps * max(1.0, left)
+    margin = unit * outer * (z.upper - z.lower) * relu.upper_shift.sign()
     if left <= 1:
         shift = (1 - left) * relu.upper_shift + margin
         return Lines(inner, relu.lower_shift, outer, shift, relu.free, least=left, most=1.0)

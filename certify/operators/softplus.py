@@ -6,7 +6,8 @@ defaults, 0.3 with a threshold of 1. An interval that holds the threshold counts
 Lines, for the convex part those of CROWN (Zhang et al. 2018, arXiv 1811.00866): above, the chord; below, the tangent at
 the middle. Where the threshold lies inside, the line above is the side over the middle of the triangle of both ends and
 the limit from below, the highest point of f there; the line below is t if the middle is beyond the threshold, else the
-tangent at the middle, or at d if that is left of it, where d's tangent goes through the lowest point at the threshold.
+tangent at the middle, or at d if that is left of it, where d's tangent goes through the lowest point at the threshold;
+the line from (l, f(l)) through that point where d is left of l.
 Slopes stay between 0 and 1, however steep the fall. Each line is moved to the extreme of f less it, and outwards by
 the rounding that `_tangents` states.
 """
@@ -69,12 +70,15 @@ def lines_softplus(node: Node, z: Interval) -> Lines:
     split = curved * where(torch.ge, z.upper, edge - doubt)
     beyond = where(torch.ge, ends.centre, edge)
 
-    point = ends.centre + (_lowest_tangent(threshold) / beta - ends.centre).clamp_max(0) * split
-    point = torch.maximum(point, z.lower)
-    tangent = torch.lerp(torch.sigmoid(beta * point), torch.ones_like(point), beyond)
-    at, jump = torch.lerp(z.lower, torch.full_like(point, edge), split), split * (before - edge)
-    highest = torch.lerp(ends.at_lower, at + jump, split)
-    lowest = torch.lerp(ends.at_lower, at, split)
+    at, jump = torch.lerp(z.lower, torch.full_like(z.lower, edge), split), split * (before - edge)
+    highest, lowest = torch.lerp(ends.at_lower, at + jump, split), torch.lerp(ends.at_lower, at, split)
+    left = _lowest_tangent(threshold) / beta
+    point = torch.maximum(ends.centre + (left - ends.centre).clamp_max(0) * split, z.lower)
+    tangent = torch.sigmoid(beta * point)
+    late = split * where(torch.gt, z.lower, left)  # no point has that tangent: the line through the lower end instead
+    drop = (lowest - ends.at_lower) / F.threshold(at - z.lower, torch.finfo(at.dtype).eps, 1.0)
+    tangent = torch.lerp(tangent, drop.clamp(0, 1), late)
+    tangent = torch.lerp(tangent, torch.ones_like(tangent), beyond)
 
     narrow = where(torch.lt, ends.width, narrow_width(point)) * (1 - split)
     outer = over_corner(torch.lerp(chord(ends), tangent, narrow), ends, split, at, highest).clamp(0, 1)
