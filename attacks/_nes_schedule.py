@@ -17,9 +17,10 @@ from robustbench_lite.attacks._decision import bisect, cut, random_start
 from robustbench_lite.attacks._nes_search import PlateauSteps, State, check_queries, take
 from robustbench_lite.attacks._nes_shrink import FIRST_CUT, Shrink
 from robustbench_lite.attacks._purse import Purse
+from robustbench_lite.attacks._score_estimator import BLOCK
 from robustbench_lite.attacks.base import Attack
 from robustbench_lite.attacks.basis import Basis, Pixels
-from robustbench_lite.attacks.estimators import BLOCK, NESEstimator
+from robustbench_lite.attacks.estimators import NESEstimator
 from robustbench_lite.attacks.gallery import Gallery
 from robustbench_lite.core.goals import Goal, Targeted
 from robustbench_lite.core.oracle import Oracle

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from robustbench_lite.attacks._purse import Purse
-from robustbench_lite.attacks.estimators import ScoreEstimator
+from robustbench_lite.attacks._score_estimator import ScoreEstimator
 from robustbench_lite.core.checks import parse_number
 from robustbench_lite.core.losses import Loss
 from robustbench_lite.core.oracle import Oracle

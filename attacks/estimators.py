@@ -11,126 +11,19 @@ that falls at the point itself pays for no probes.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from robustbench_lite.attacks.basis import Basis, Pixels
+from robustbench_lite.attacks._score_estimator import BLOCK, ScoreEstimator, blocks
 from robustbench_lite.core.checks import parse_number
-from robustbench_lite.core.losses import Loss
-from robustbench_lite.core.oracle import Access, Oracle
+from robustbench_lite.core.oracle import Oracle
 from robustbench_lite.core.rng import Streams
 
 __all__ = ["FiniteDifferenceEstimator", "NESEstimator", "SPSAEstimator", "ScoreEstimator"]
-
-BLOCK = 8  # directions drawn at a time: a fixed number, so that memory never changes what a sample draws
-
-
-@dataclass(frozen=True)
-class ScoreEstimator(ABC):
-    """An estimate of the gradient from differences of the loss along directions; subclasses say which, and how far."""
-
-    basis: Basis = field(default_factory=Pixels, kw_only=True)
-
-    @property
-    def access(self) -> Access:
-        """Scores are enough."""
-        return Access.SCORES
-
-    @property
-    @abstractmethod
-    def radius(self) -> float:
-        """The length of a step along a direction, in the units of the images."""
-
-    @property
-    def mirrored(self) -> bool:
-        """Whether each direction is probed on both sides, or on one, against the point itself."""
-        return True
-
-    @property
-    @abstractmethod
-    def weight(self) -> float:
-        """The weight of one direction in the sum."""
-
-    @abstractmethod
-    def directions(self, x: Tensor, streams: Streams) -> Iterator[Tensor]:
-        """Yield the directions in blocks of at most `BLOCK`: coefficients (n, k, m) for images x (n, C, H, W)."""
-
-    @abstractmethod
-    def probes(self, oracle: Oracle) -> int:
-        """Return the forward passes that a sample pays for its probes."""
-
-    def cost(self, oracle: Oracle) -> int:
-        """Return the forward passes that a sample pays for one estimate, the judging of its point included."""
-        return oracle.scores_cost + self.probes(oracle)
-
-    def __call__(self, oracle: Oracle, points: Tensor, rows: Tensor, loss: Loss, streams: Streams) -> Tensor:
-        """Put points (n, C, H, W) to the oracle as candidates, and return the estimates there, 0 for the fallen."""
-        value = self.judge(oracle, points, rows, loss)
-        keep = oracle.still(rows, self.probes(oracle))
-        gradient = torch.zeros_like(points)
-        if len(keep):
-            gradient[keep] = self.estimate(oracle, points[keep], rows[keep], loss, value[keep], streams.take(keep))
-        return gradient
-
-    @staticmethod
-    def judge(oracle: Oracle, points: Tensor, rows: Tensor, loss: Loss) -> Tensor:
-        """Put points to the oracle as candidates, and return their loss in float64 (n,)."""
-        return loss(oracle.scores(points, rows, loss).double(), oracle.goal.take(rows))
-
-    @torch.no_grad()
-    def estimate(
-        self, oracle: Oracle, points: Tensor, rows: Tensor, loss: Loss, value: Tensor, streams: Streams
-    ) -> Tensor:
-        """Return the estimates (n, C, H, W) at points whose loss is known: `value` (n,). Judges nothing.
-
-        No more than about `oracle.capacity` probes exist at a time, and never fewer than those of one block.
-        """
-        size = max(1, oracle.capacity // (2 * BLOCK))
-        gradient = torch.empty_like(points)
-        for part in torch.split(torch.arange(len(rows), device=rows.device), size):
-            gradient[part] = self._estimate(
-                oracle, points[part], rows[part], loss, value[part], streams.take(part) if len(rows) > size else streams
-            )
-        return gradient
-
-    def _estimate(
-        self, oracle: Oracle, points: Tensor, rows: Tensor, loss: Loss, value: Tensor, streams: Streams
-    ) -> Tensor:
-        shape = points.shape[1:]
-        total = points.new_zeros(len(points), self.basis.size(shape))
-        directions = self.directions(points, streams)
-        at_once = max(1, oracle.capacity // (2 * BLOCK * len(rows)))  # blocks in one question
-        while block := list(islice(directions, at_once)):
-            coefficients = torch.cat(block, dim=1)
-            steps = self.radius * self.basis.decode(coefficients, shape)
-            slope = self._differences(oracle, points.unsqueeze(1), steps, rows, loss, value)
-            slope = (slope * (self.weight / self.radius)).nan_to_num(0.0, 0.0, 0.0).to(points.dtype)
-            total += (slope.unsqueeze(1) @ coefficients).squeeze(1)
-        return self.basis.decode(total, shape)
-
-    def _differences(
-        self, oracle: Oracle, centre: Tensor, steps: Tensor, rows: Tensor, loss: Loss, value: Tensor
-    ) -> Tensor:
-        """Return F(x + step) - F(x - step), or F(x + step) - F(x), for steps (n, k, C, H, W): float64 (n, k)."""
-        if not self.mirrored:
-            return losses_at(oracle, centre + steps, rows, loss) - value.unsqueeze(1)
-        ahead, behind = losses_at(oracle, torch.cat([centre + steps, centre - steps], dim=1), rows, loss).chunk(
-            2, dim=1
-        )
-        return ahead - behind
-
-
-def losses_at(oracle: Oracle, probes: Tensor, rows: Tensor, loss: Loss) -> Tensor:
-    """Return the loss in float64 (n, k) at probes (n, k, C, H, W), which are no candidates: k forward passes a row."""
-    count = probes.shape[1]
-    owners = rows.repeat_interleave(count)
-    logits = oracle.scores(probes.flatten(0, 1), owners, loss, candidate=False)
-    return loss(logits.double(), oracle.goal.take(owners)).reshape(-1, count)
 
 
 def check_pairs(samples: int) -> None:
@@ -150,14 +43,39 @@ def _positive(value: float | str, name: str) -> float:
     return number
 
 
-def blocks(count: int) -> Iterator[int]:
-    """Split `count` draws into blocks of `BLOCK` and a rest."""
-    for start in range(0, count, BLOCK):
-        yield min(BLOCK, count - start)
+class _PairedEstimator(ScoreEstimator):
+    """An estimate from `samples` probes in mirrored pairs along random directions, each pair of the same weight.
+
+    Without fields of its own, so that those of subclasses keep their order.
+    """
+
+    samples: int
+
+    def __post_init__(self) -> None:
+        check_pairs(self.samples)
+
+    @abstractmethod
+    def draw(self, streams: Streams, count: int, size: int, dtype: torch.dtype) -> Tensor:
+        """Draw the coefficients of directions (n, count, size)."""
+
+    def probes(self, oracle: Oracle) -> int:
+        """Return the number of probes."""
+        return self.samples
+
+    @property
+    def weight(self) -> float:
+        """One over the number of probes."""
+        return 1 / self.samples
+
+    def directions(self, x: Tensor, streams: Streams) -> Iterator[Tensor]:
+        """Yield random directions."""
+        size = self.basis.size(x.shape[1:])
+        for count in blocks(self.samples // 2):
+            yield self.draw(streams, count, size, x.dtype)
 
 
 @dataclass(frozen=True)
-class NESEstimator(ScoreEstimator):
+class NESEstimator(_PairedEstimator):
     """Natural evolution strategies: g = 1 / (samples sigma) sum_i d_i [F(x + sigma d_i) - F(x - sigma d_i)].
 
     The sum is over samples / 2 normal directions d_i. On a linear model the cosine with the gradient is close to
@@ -176,7 +94,7 @@ class NESEstimator(ScoreEstimator):
     sigma: float | str = 1e-3
 
     def __post_init__(self) -> None:
-        check_pairs(self.samples)
+        super().__post_init__()
         _positive(self.sigma, "sigma")
 
     @property
@@ -184,24 +102,13 @@ class NESEstimator(ScoreEstimator):
         """The standard deviation of the probes."""
         return parse_number(self.sigma)
 
-    def probes(self, oracle: Oracle) -> int:
-        """Return the number of probes."""
-        return self.samples
-
-    @property
-    def weight(self) -> float:
-        """One over the number of probes."""
-        return 1 / self.samples
-
-    def directions(self, x: Tensor, streams: Streams) -> Iterator[Tensor]:
-        """Yield normal directions."""
-        size = self.basis.size(x.shape[1:])
-        for count in blocks(self.samples // 2):
-            yield streams.normal(count, size, dtype=x.dtype)
+    def draw(self, streams: Streams, count: int, size: int, dtype: torch.dtype) -> Tensor:
+        """Draw normal directions."""
+        return streams.normal(count, size, dtype=dtype)
 
 
 @dataclass(frozen=True)
-class SPSAEstimator(ScoreEstimator):
+class SPSAEstimator(_PairedEstimator):
     """Simultaneous perturbation: the mean of v_i [F(x + delta v_i) - F(x - delta v_i)] / (2 delta), v_i of signs.
 
     Attributes:
@@ -217,7 +124,7 @@ class SPSAEstimator(ScoreEstimator):
     delta: float | str = 0.01
 
     def __post_init__(self) -> None:
-        check_pairs(self.samples)
+        super().__post_init__()
         _positive(self.delta, "delta")
 
     @property
@@ -225,20 +132,9 @@ class SPSAEstimator(ScoreEstimator):
         """The distance of a probe along each coefficient."""
         return parse_number(self.delta)
 
-    def probes(self, oracle: Oracle) -> int:
-        """Return the number of probes."""
-        return self.samples
-
-    @property
-    def weight(self) -> float:
-        """One over the number of probes."""
-        return 1 / self.samples
-
-    def directions(self, x: Tensor, streams: Streams) -> Iterator[Tensor]:
-        """Yield random signs."""
-        size = self.basis.size(x.shape[1:])
-        for count in blocks(self.samples // 2):
-            yield (2 * streams.integers(2, count, size) - 1).to(x.dtype)
+    def draw(self, streams: Streams, count: int, size: int, dtype: torch.dtype) -> Tensor:
+        """Draw random signs."""
+        return (2 * streams.integers(2, count, size) - 1).to(dtype)
 
 
 @dataclass(frozen=True)

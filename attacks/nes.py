@@ -13,25 +13,18 @@ at the mean over the probes, which differs in second order of sigma. Every forwa
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
+from typing import ClassVar
 
-from torch import Tensor
-
-from robustbench_lite.attacks._nes_search import PlateauSteps, check_queries, climb
-from robustbench_lite.attacks.base import Attack
+from robustbench_lite.attacks._climbing import ClimbingAttack
+from robustbench_lite.attacks._nes_search import PlateauSteps
 from robustbench_lite.attacks.basis import Basis, Pixels
 from robustbench_lite.attacks.estimators import NESEstimator
-from robustbench_lite.core.goals import Goal
-from robustbench_lite.core.losses import loss_named
-from robustbench_lite.core.oracle import Access, Oracle
-from robustbench_lite.core.rng import Streams
-from robustbench_lite.core.threats import Lp, Threat
 
 __all__ = ["NES"]
 
 
 @dataclass(frozen=True)
-class NES(Attack):
+class NES(ClimbingAttack):
     """Ascent on gradients estimated by natural evolution strategies.
 
     Attributes:
@@ -50,6 +43,8 @@ class NES(Attack):
         ValueError: a hyper-parameter out of range.
     """
 
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
+
     samples: int = 50
     sigma: float | str = 1e-3
     lr: float | str | None = None
@@ -61,17 +56,6 @@ class NES(Attack):
     loss: str = "ce"
     basis: Basis = field(default_factory=Pixels)
 
-    def __post_init__(self) -> None:
-        self.estimator()
-        self.steps()
-        loss_named(self.loss)
-        check_queries(self.queries)
-
-    @property
-    def access(self) -> Access:
-        """Scores are enough."""
-        return Access.SCORES
-
     def estimator(self) -> NESEstimator:
         """Return where gradients come from."""
         return NESEstimator(self.samples, self.sigma, basis=self.basis)
@@ -79,20 +63,3 @@ class NES(Attack):
     def steps(self) -> PlateauSteps:
         """Return the rule for steps."""
         return PlateauSteps(self.lr, self.min_lr, self.momentum, self.plateau_length, self.plateau_drop)
-
-    def supports(self, threat: Threat) -> bool:
-        """Say whether the threat is an linf or l2 ball with a budget."""
-        return isinstance(threat, Lp) and threat.norm in ("linf", "l2") and threat.eps is not None
-
-    def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
-        """Climb from the clean images."""
-        climb(
-            oracle,
-            cast(Lp, threat),
-            streams,
-            loss=loss_named(self.loss),
-            estimator=self.estimator(),
-            update=self.steps(),
-            queries=self.queries,
-        )
-        return oracle.best

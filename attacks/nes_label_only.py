@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from robustbench_lite.attacks._nes_schedule import ShrinkingNES
-from robustbench_lite.attacks.estimators import blocks
+from robustbench_lite.attacks._score_estimator import blocks
 from robustbench_lite.core.checks import parse_number
 from robustbench_lite.core.oracle import Access, Oracle
 from robustbench_lite.core.rng import Streams

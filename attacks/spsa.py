@@ -11,25 +11,18 @@ drawn in a basis of low frequencies. Each sample leaves at its first success.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
+from typing import ClassVar
 
-from torch import Tensor
-
-from robustbench_lite.attacks._nes_search import Adam, check_queries, climb
-from robustbench_lite.attacks.base import Attack
+from robustbench_lite.attacks._climbing import ClimbingAttack
+from robustbench_lite.attacks._nes_search import Adam
 from robustbench_lite.attacks.basis import Basis, Pixels
 from robustbench_lite.attacks.estimators import SPSAEstimator
-from robustbench_lite.core.goals import Goal
-from robustbench_lite.core.losses import loss_named
-from robustbench_lite.core.oracle import Access, Oracle
-from robustbench_lite.core.rng import Streams
-from robustbench_lite.core.threats import Lp, Threat
 
 __all__ = ["SPSA"]
 
 
 @dataclass(frozen=True)
-class SPSA(Attack):
+class SPSA(ClimbingAttack):
     """Adam on simultaneous-perturbation estimates.
 
     Attributes:
@@ -44,6 +37,8 @@ class SPSA(Attack):
         ValueError: a hyper-parameter out of range.
     """
 
+    norms: ClassVar[tuple[str, ...]] = ("linf",)
+
     samples: int = 128
     delta: float | str = 0.01
     lr: float | str | None = None
@@ -51,34 +46,10 @@ class SPSA(Attack):
     loss: str = "margin"
     basis: Basis = field(default_factory=Pixels)
 
-    def __post_init__(self) -> None:
-        self.estimator()
-        Adam(self.lr)
-        loss_named(self.loss)
-        check_queries(self.queries)
-
-    @property
-    def access(self) -> Access:
-        """Scores are enough."""
-        return Access.SCORES
-
     def estimator(self) -> SPSAEstimator:
         """Return where gradients come from."""
         return SPSAEstimator(self.samples, self.delta, basis=self.basis)
 
-    def supports(self, threat: Threat) -> bool:
-        """Say whether the threat is an linf ball with a budget."""
-        return isinstance(threat, Lp) and threat.norm == "linf" and threat.eps is not None
-
-    def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
-        """Climb from the clean images."""
-        climb(
-            oracle,
-            cast(Lp, threat),
-            streams,
-            loss=loss_named(self.loss),
-            estimator=self.estimator(),
-            update=Adam(self.lr),
-            queries=self.queries,
-        )
-        return oracle.best
+    def steps(self) -> Adam:
+        """Return the rule for steps."""
+        return Adam(self.lr)
