@@ -86,13 +86,28 @@ class RotationTranslationGrid(Attack):
             draws = [threat.random_point(x, streams) for _ in range(self.worst_of)]
             points = torch.stack(draws, dim=1)
         for block in _blocks(oracle, points.shape[1]):
-            size = block.stop - block.start
-            rows = oracle.standing(oracle.judge_cost if size == 1 else size + oracle.judge_cost)
+            size, rows = block.stop - block.start, oracle.standing(oracle.judge_cost)
             if len(rows) == 0:
                 break
-            chosen = points[rows, block.start] if size == 1 else _worst(oracle, rows, points[rows, block])
-            oracle.judge(chosen, rows, cross_entropy)
+            if size == 1:
+                oracle.judge(points[rows, block.start], rows, cross_entropy)
+                continue
+            able = torch.zeros_like(rows, dtype=torch.bool)
+            able[oracle.still(rows, size + oracle.judge_cost)] = True
+            if able.any():
+                chosen = rows[able]
+                oracle.judge(_worst(oracle, chosen, points[chosen, block]), chosen, cross_entropy)
+            _spend_the_rest(oracle, rows[~able], points[:, block])
         return oracle.best
+
+
+def _spend_the_rest(oracle: Oracle, rows: Tensor, points: Tensor) -> None:
+    """Try the points (B, k, 3) one by one on samples that cannot pay for all of them at once."""
+    for point in points.unbind(1):
+        rows = rows[oracle.still(rows, oracle.judge_cost)]
+        if len(rows) == 0:
+            return
+        oracle.judge(point[rows], rows, cross_entropy)
 
 
 def _blocks(oracle: Oracle, count: int) -> Iterator[slice]:

@@ -128,3 +128,15 @@ def test_bad_numbers_are_named(option):
     for value in (0, 2.5):
         with pytest.raises(ValueError, match=f"{option} must be a whole number, at least 1, got {value}"):
             RotationTranslationGrid(**{option: value})
+
+
+@pytest.mark.parametrize("budget", [10, 17, 40, 50, 51, 83])
+def test_a_small_budget_is_spent_to_the_last_query(budget, images):
+    """On a model that does not fall: the points are tried singly where a block of 32 is too dear."""
+
+    def firm(x):
+        return torch.tensor([1.0, 0.0]).to(x).repeat(len(x), 1) + 0 * x.sum(dim=(1, 2, 3)).unsqueeze(1)
+
+    y = torch.zeros(len(images), dtype=torch.int64)
+    result = RotationTranslationGrid()(firm, images, y, RotationTranslation(), max_queries=budget)
+    assert (result.forwards == budget).all()
