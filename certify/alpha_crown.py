@@ -53,8 +53,8 @@ class AlphaCROWN(LinearCertifier):
         keep = open_rows.nonzero().flatten()
         ascent = Ascent(self.steps, self.step_size, target=self.tolerance)
         best = lower.flatten().clone()
-        best[keep] = torch.maximum(best[keep], ascent.best(net, rows.take(keep), self.memory_budget))
+        best[keep] = torch.maximum(best[keep], ascent.best(net, rows.take(keep)))
         if self.joint:
             keep = keep[best[keep] <= self.tolerance]
-            best[keep] = torch.maximum(best[keep], ascend_jointly(ascent, net, rows.take(keep), self.memory_budget))
+            best[keep] = torch.maximum(best[keep], ascend_jointly(ascent, net, rows.take(keep)))
         return best.reshape(lower.shape)

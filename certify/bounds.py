@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from robustbench_lite.certify.graph import graph_of, uncompiled
 from robustbench_lite.certify.inputs import INTERVAL_NORMS, input_region
 from robustbench_lite.certify.intervals import Interval
-from robustbench_lite.certify.linear_bounds import MEMORY_BUDGET, LinearBounds, specification_rows
+from robustbench_lite.certify.linear_bounds import LinearBounds, specification_rows
 from robustbench_lite.certify.precision import full_precision
 from robustbench_lite.certify.propagate import propagate
 from robustbench_lite.certify.slopes import Ascent
@@ -57,7 +57,7 @@ def bounds(
     C: Tensor | None = ...,
     return_linear: Literal[False] = ...,
     x: Tensor | None = ...,
-    memory_budget: int = ...,
+    memory_budget: int | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -70,7 +70,7 @@ def bounds(
     *,
     return_linear: Literal[True],
     x: Tensor | None = ...,
-    memory_budget: int = ...,
+    memory_budget: int | None = ...,
 ) -> tuple[Tensor, Tensor, LinearForms]: ...
 
 
@@ -81,7 +81,7 @@ def bounds(
     C: Tensor | None = None,
     return_linear: bool = False,
     x: Tensor | None = None,
-    memory_budget: int = MEMORY_BUDGET,
+    memory_budget: int | None = None,
 ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, LinearForms]:
     """Return (lower, upper), each (B, K), around the logits; with `C`, each (B, S), around C z.
 
@@ -101,7 +101,8 @@ def bounds(
         return_linear: also return linear functions of the images below and above C z, `LinearForms`. Interval bounds
             have none; the numbers may be tighter, for they are never worse than interval bounds over the same boxes.
         x: the images of a threat.
-        memory_budget: bytes that the coefficients of linear bounds may take at a time (more where gradients are kept).
+        memory_budget: bytes that the coefficients of linear bounds may take at a time (more where gradients are kept);
+            None: 128 MiB on a CPU, 2 GiB elsewhere.
 
     Raises:
         TypeError: the model is no nn.Module, or the input no floating-point tensor.
@@ -119,8 +120,6 @@ def bounds(
     lookup(method, dict.fromkeys(METHODS), "bound method")
     if return_linear and method == "ibp":
         raise ValueError("ibp bounds are plain numbers, without linear coefficients; leave return_linear out")
-    if memory_budget < 1:
-        raise ValueError(f"memory_budget must be a number of bytes, at least 1, got {memory_budget}")
     region = input_region(threat_or_box, x, INTERVAL_NORMS if method == "ibp" else tuple(NORMS))
     _check_device(model, region.lower)
     graph = graph_of(model, region.lower)
@@ -160,21 +159,23 @@ class _Walk:
         return below, above
 
 
-def _walk(method: str, graph: Graph, model: nn.Module, region: Region, C: Tensor | None, memory_budget: int) -> _Walk:
+def _walk(
+    method: str, graph: Graph, model: nn.Module, region: Region, C: Tensor | None, memory_budget: int | None
+) -> _Walk:
     net = LinearBounds(graph, model, region, C, tighten=method != "crown_ibp", memory_budget=memory_budget)
     like = region.lower
     below = torch.eye(graph.num_classes, dtype=like.dtype, device=like.device) if C is None else C
     rows = specification_rows(torch.cat([below, -below], dim=-2), len(like))
     if method != "alpha_crown":
         return _Walk(net, rows, {}, net.final)
-    own, lines = _with_slopes(net, rows, memory_budget)
+    own, lines = _with_slopes(net, rows)
     return _Walk(own, replace(rows, owner=None), lines, net.final)
 
 
-def _with_slopes(net: LinearBounds, rows: Dense, memory_budget: int) -> tuple[LinearBounds, dict[int, Lines]]:
+def _with_slopes(net: LinearBounds, rows: Dense) -> tuple[LinearBounds, dict[int, Lines]]:
     """Return each row as a sample of its own, and the lines with the slopes that are best for it."""
     with torch.no_grad():
-        slopes = Ascent().best_slopes(net, rows, memory_budget)
+        slopes = Ascent().best_slopes(net, rows)
     own = net.take(rows.samples)
     return own, {index: own.lines(own.graph.nodes[index]).chosen(slope) for index, slope in slopes.items()}
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from robustbench_lite.certify.graph import graph_of, uncompiled
 from robustbench_lite.certify.inputs import input_region
 from robustbench_lite.certify.ir import Graph
-from robustbench_lite.certify.linear_bounds import MEMORY_BUDGET, LinearBounds, specification_rows
+from robustbench_lite.certify.linear_bounds import LinearBounds, specification_rows
 from robustbench_lite.certify.margin_certifier import MarginCertifier
 from robustbench_lite.certify.precision import full_precision
 from robustbench_lite.certify.region import Region
@@ -26,15 +26,16 @@ class LinearCertifier(MarginCertifier):
     """The common part of certifiers that use linear bounds.
 
     Attributes:
-        memory_budget: bytes that the coefficients of linear bounds may take at a time; chunks change no answer.
+        memory_budget: bytes that the coefficients of linear bounds may take at a time; None: 128 MiB on a CPU, 2 GiB
+            elsewhere. It changes no answer.
     """
 
-    memory_budget: int = MEMORY_BUDGET
+    memory_budget: int | None = None
     tighten: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.memory_budget < 1:
+        if self.memory_budget is not None and self.memory_budget < 1:
             raise ValueError(f"memory_budget must be a number of bytes, at least 1, got {self.memory_budget}")
 
     def supports(self, threat: Threat) -> bool:

@@ -17,17 +17,17 @@ __all__: list[str] = []
 Keys = list[tuple[tuple[int, int] | None, int]]
 
 
-def ascend_jointly(ascent: Ascent, net: LinearBounds, rows: Dense, memory_budget: int) -> Tensor:
+def ascend_jointly(ascent: Ascent, net: LinearBounds, rows: Dense) -> Tensor:
     """Return the best lower bounds (N,) found of rows over the output.
 
     Each side of each hidden box has slopes of its own, shared by its neurons; each row has slopes of its own for the
-    last walk. Every step computes all boxes anew, keeps their graph, and cuts them with those of `net`.
+    last walk. Every step computes all boxes anew, and cuts them with those of `net`; it keeps their graph, which no
+    memory budget counts.
 
     Args:
         ascent: the rule.
         net: CROWN's boxes.
         rows: over the output.
-        memory_budget: as for `LinearBounds`; the graph is not counted.
     """
     last = free_lines(net)
     keys: Keys = [(None, index) for index in last]
@@ -39,7 +39,7 @@ def ascend_jointly(ascent: Ascent, net: LinearBounds, rows: Dense, memory_budget
     for step in range(ascent.steps + 1):
         leaves = [slope.requires_grad_(step < ascent.steps) for slope in climb.slopes]
         with torch.set_grad_enabled(step < ascent.steps):
-            value = _value(net, rows, keys, leaves, memory_budget)
+            value = _value(net, rows, keys, leaves)
             total = value[(value <= ascent.target).detach()].sum()
         best = torch.maximum(best, value.detach())
         if step == ascent.steps or not total.requires_grad or bool((best > ascent.target).all()):
@@ -50,12 +50,12 @@ def ascend_jointly(ascent: Ascent, net: LinearBounds, rows: Dense, memory_budget
     return best
 
 
-def _value(net: LinearBounds, rows: Dense, keys: Keys, slopes: list[Tensor], memory_budget: int) -> Tensor:
+def _value(net: LinearBounds, rows: Dense, keys: Keys, slopes: list[Tensor]) -> Tensor:
     sides: dict[tuple[int, int], dict[int, Tensor]] = {side: {} for side in net.sides}
     own: dict[int, Tensor] = {}
     for (side, index), slope in zip(keys, slopes, strict=True):
         (own if side is None else sides[side])[index] = slope
-    again = LinearBounds(net.graph, net.model, net.region, memory_budget=memory_budget, slopes=sides, known=net)
+    again = LinearBounds(net.graph, net.model, net.region, memory_budget=net.memory_budget, slopes=sides, known=net)
     again = again.take(rows.samples)
     lines: dict[int, Lines] = {
         index: again.lines(again.graph.nodes[index]).chosen(slope) for index, slope in own.items()

@@ -27,7 +27,7 @@ __all__ = ["LinearBounds"]
 
 Side: TypeAlias = tuple[int, int]
 
-MEMORY_BUDGET = 2**27  # bytes; chunks larger than this are no faster on two cores
+CPU_BUDGET, GPU_BUDGET = 2**27, 2**31  # bytes; larger chunks are no faster on two cores
 FIRST_CHUNK = 256  # rows of the first walk, which is watched: before it nothing is known about its memory
 ROUNDING = 64  # units of rounding of a box's larger end, by which linear bounds of hidden neurons are widened
 TEMPORARIES = 8  # tensors as large as the largest coefficients that a walk holds at a time
@@ -45,11 +45,12 @@ class LinearBounds:
         C: specification (S, K) or (B, S, K) of the interval bounds `final`; None: the logits.
         tighten: whether the boxes of activations' inputs come from linear bounds of their own (CROWN), each cut with
             its interval bounds and used by all that follow; otherwise from interval bounds (CROWN-IBP).
-        memory_budget: bytes that coefficients may take at a time.
+        memory_budget: bytes that coefficients may take at a time; None: 128 MiB on a CPU, 2 GiB elsewhere.
         slopes: for the walks from one side of one box, lower slopes (B, ...) by position of the activation.
         known: other bounds of the same graph and region, whose boxes these are cut with.
 
     Attributes:
+        memory_budget: as above, a number.
         sides: the sides of the boxes that came from linear bounds: (node, 0 below or 1 above).
         values: of each node its value where it is fixed, its box where linear bounds need it, else the box's shape.
         final: interval bounds of the output, from the boxes above.
@@ -63,7 +64,7 @@ class LinearBounds:
         C: Tensor | None = None,
         *,
         tighten: bool = True,
-        memory_budget: int,
+        memory_budget: int | None = None,
         slopes: Mapping[Side, Mapping[int, Tensor]] | None = None,
         known: LinearBounds | None = None,
     ) -> None:
@@ -74,7 +75,10 @@ class LinearBounds:
         self._lines: dict[int, Lines] = {}
         self._readers = _readers(graph)
         self._tight = _tight_by_intervals(graph) if region.norm == "linf" else set()
-        self._tighten, self._budget = tighten, memory_budget
+        if memory_budget is not None and memory_budget < 1:
+            raise ValueError(f"memory_budget must be a number of bytes, at least 1, got {memory_budget}")
+        self.memory_budget = memory_budget or (CPU_BUDGET if region.lower.device.type == "cpu" else GPU_BUDGET)
+        self._tighten = tighten
         self._row_bytes: dict[int, int] = {}
         self.final: Interval = propagate(graph, model, region.interval(), C, keep=self._keep)
 
@@ -91,7 +95,7 @@ class LinearBounds:
 
         Args:
             at: position of the node.
-            rows: over its value.
+            rows: over its value, in the order of their samples.
             lines: of some activations, in the place of their own.
         """
         found, start = [], 0
@@ -152,7 +156,7 @@ class LinearBounds:
         """Return how many rows over a node may walk at a time."""
         if at not in self._row_bytes:
             return FIRST_CHUNK
-        return max(self._budget // self._row_bytes[at], 1)
+        return max(self.memory_budget // self._row_bytes[at], 1)
 
     # The boxes.
 

@@ -40,16 +40,16 @@ class Ascent:
     decay: float = 0.95
     target: float = torch.inf
 
-    def best(self, net: LinearBounds, rows: Dense, memory_budget: int) -> Tensor:
+    def best(self, net: LinearBounds, rows: Dense) -> Tensor:
         """Return the best lower bounds (N,) found of rows over the output, chunk by chunk."""
-        found = [self._ascended(net, chunk, None) for chunk in _chunks(net, rows, memory_budget)]
+        found = [self._ascended(net, chunk, None) for chunk in _chunks(net, rows)]
         return torch.cat(found) if found else rows.values.new_zeros(0)
 
-    def best_slopes(self, net: LinearBounds, rows: Dense, memory_budget: int) -> dict[int, Tensor]:
+    def best_slopes(self, net: LinearBounds, rows: Dense) -> dict[int, Tensor]:
         """Return the slopes (N, ...) of the best bounds found, by position of the activation."""
         slopes = {index: lines.lower_slope[rows.samples] for index, lines in free_lines(net).items()}
         start = 0
-        for chunk in _chunks(net, rows, memory_budget):
+        for chunk in _chunks(net, rows):
             self._ascended(net, chunk, {index: slope[start : start + len(chunk)] for index, slope in slopes.items()})
             start += len(chunk)
         return slopes
@@ -138,9 +138,9 @@ def _valued(
     ]
 
 
-def _chunks(net: LinearBounds, rows: Dense, memory_budget: int) -> list[Dense]:
+def _chunks(net: LinearBounds, rows: Dense) -> list[Dense]:
     """Return the rows in chunks whose graphs fit into the budget."""
     nodes = net.graph.nodes[: net.graph.output + 1]
     entries = sum(math.prod(node.shape) for node in nodes if node.varies)
-    size = max(memory_budget // (GRAPH_TENSORS * entries * rows.values.element_size()), 1)
+    size = max(net.memory_budget // (GRAPH_TENSORS * entries * rows.values.element_size()), 1)
     return [rows.part(start, start + size) for start in range(0, len(rows), size)]
