@@ -11,6 +11,7 @@ it, where the original stops.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from robustbench_lite.attacks.fabt import FABT
 from robustbench_lite.attacks.square import Square
 from robustbench_lite.core.errors import lookup
 from robustbench_lite.core.goals import Goal
+from robustbench_lite.core.losses import margin
 from robustbench_lite.core.oracle import Oracle
 from robustbench_lite.core.rng import Streams
 from robustbench_lite.core.threats import Lp, Threat
@@ -65,8 +67,8 @@ class AutoAttack(Attack):
         return APGD().supports(threat)
 
     def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
-        """Run the parts, one after the other."""
-        assert isinstance(threat, Lp)
-        for number, part in enumerate(self.parts(threat)):
+        """Run the parts, one after the other; what fails is ranked by its margin, whatever loss a part ascends."""
+        oracle.measure = margin
+        for number, part in enumerate(self.parts(cast(Lp, threat))):
             part.run(oracle, x, goal, threat, streams.fork(number))
         return oracle.best

@@ -134,7 +134,7 @@ class _MeanLossOracle(Oracle):
         """Return the combined logits (n, K) alone."""
         return side_by_side[:, : side_by_side.shape[1] // (len(self._ensemble.members) + 1)]
 
-    def _mean(self, loss: Loss) -> Loss:
+    def _loss(self, loss: Loss) -> Loss:
         def averaged(logits: Tensor, goal: Goal) -> Tensor:
             parts = logits.chunk(len(self._ensemble.members) + 1, dim=1)[1:]
             return self._ensemble.average([loss(part, goal) for part in parts])
@@ -142,15 +142,15 @@ class _MeanLossOracle(Oracle):
         return averaged
 
     def gradient(self, points: Tensor, rows: Tensor, loss: Loss, *args: Any, **more: Any) -> tuple[Tensor, Tensor]:
-        return super().gradient(points, rows, self._mean(loss), *args, **more)
+        return super().gradient(points, rows, self._loss(loss), *args, **more)
 
     def curvature(self, points: Tensor, rows: Tensor, loss: Loss, directions: Tensor) -> Tensor:
-        return super().curvature(points, rows, self._mean(loss), directions)
+        return super().curvature(points, rows, self._loss(loss), directions)
 
     def pullback(
         self, points: Tensor, rows: Tensor, loss: Loss = margin, **more: Any
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        logits, pull = super().pullback(points, rows, self._mean(loss), **more)
+        logits, pull = super().pullback(points, rows, self._loss(loss), **more)
 
         def pull_combined(weights: Tensor) -> Tensor:
             others = logits.shape[1] - weights.shape[1]
@@ -159,4 +159,4 @@ class _MeanLossOracle(Oracle):
         return self._own(logits), pull_combined
 
     def _scores(self, points: Tensor, rows: Tensor, loss: Loss, aim: Goal | None, candidate: bool) -> Tensor:
-        return self._own(super()._scores(points, rows, self._mean(loss), aim, candidate))
+        return self._own(super()._scores(points, rows, self._loss(loss), aim, candidate))

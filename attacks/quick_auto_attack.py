@@ -77,6 +77,7 @@ class QuickAutoAttack(Attack):
 
     def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
         """Try the nearest targets and the cross-entropy on all, then all of it again on those that nearly fell."""
+        oracle.measure = margin  # `_close` asks for the margin at the best point
         ball = cast(Lp, threat)
         everyone = torch.ones(len(x), dtype=torch.bool, device=x.device)
         clean, aims = self._aims(oracle, x, goal, ball)

@@ -357,13 +357,17 @@ class Oracle:
         """Judge candidates: by these logits where they `decide`, else by asking the deployed model (already paid)."""
         self.losses = value
         if self.measure is not None:
-            value = self.measure(logits, self._goal(rows))
+            value = self._loss(self.measure)(logits, self._goal(rows))
         if not self._screens or not decide:
             labels = _answers(logits) if decide else self._predict(points, rows)
             return self._judge(points, rows, labels, value)
         apparent = self._goal(rows).achieved(_answers(logits), self.rejects)
         success = self._confirm(points, rows, apparent, VOTES if self.stochastic else (1,))
         return self._record(points, rows, success, value)
+
+    def _loss(self, loss: Loss) -> Loss:
+        """Return the function of the model's logits that `loss` stands for."""
+        return loss
 
     def _judge(self, points: Tensor, rows: Tensor, labels: Tensor, value: Tensor) -> None:
         success = self._goal(rows).achieved(labels, self.rejects)

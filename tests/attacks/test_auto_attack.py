@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from robustbench_lite.attacks import APGD, AutoAttack, QuickAutoAttack
+from robustbench_lite.attacks import APGD, FABT, AutoAttack, QuickAutoAttack, Square, auto_attack
 from robustbench_lite.core.goals import Targeted, Untargeted
+from robustbench_lite.core.losses import margin
 from robustbench_lite.core.models import predict
 from robustbench_lite.core.oracle import Oracle
 from robustbench_lite.core.threats import Lp
@@ -27,6 +29,67 @@ def test_the_ensemble_is_its_parts_one_after_the_other(threat, net, images):
     assert 0 < whole.success.sum() < len(images)
     assert (whole.forwards[~whole.success] > first.forwards[~whole.success]).all()
     assert threat.contains(whole.x_adv, images).all()
+
+
+class FourWays(nn.Module):
+    """Four classes, and four kinds of inputs, told by the first pixel, that one part of the ensemble each can break.
+
+    m is an affine function of the other pixels, positive at the clean image. The kinds: m beside other logits, which
+    any gradient breaks; the same, a million times as large, where the cross-entropy is flat; equal logits but m, where
+    the ratio of differences is constant too; and m of quantised pixels, where no gradient is left.
+    """
+
+    def __init__(self):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.register_buffer("weight", torch.where(torch.rand(35, generator=g) < 0.5, -1.0, 1.0).double() / 35)
+
+    def forward(self, x):
+        kind = (x[:, 0, 0, 0] * 4).long().clamp(0, 3)
+        pixels = x.flatten(1)[:, 1:]
+        pixels = torch.where((kind == 3).unsqueeze(1), (pixels * 20).floor() / 20, pixels)
+        m = ((pixels - 0.5) @ self.weight + 0.06).unsqueeze(1)
+        uneven = torch.cat([m, -m, torch.full_like(m, -0.3), torch.full_like(m, -0.5)], dim=1)
+        even = torch.cat([m, -m, -m, -m], dim=1)
+        logits = torch.where((kind >= 2).unsqueeze(1), even, uneven)
+        return torch.where((kind >= 1).unsqueeze(1), 1e6 * logits, logits)
+
+
+SMALL = (
+    APGD(steps=20),
+    APGD(loss="dlr_targeted", target_classes=3, steps=20),
+    FABT(target_classes=3, steps=20),
+    Square(queries=500),
+)
+
+
+def test_each_part_breaks_what_is_left_for_it(monkeypatch):
+    x = torch.full((8, 1, 6, 6), 0.5, dtype=torch.float64)
+    x[:, 0, 0, 0] = torch.tensor([0.1, 0.35, 0.6, 0.85]).repeat_interleave(2)
+    kind, y = torch.arange(4).repeat_interleave(2), torch.zeros(8, dtype=torch.int64)
+    for count in range(1, 5):
+        monkeypatch.setitem(auto_attack.VARIANTS, "standard", {"linf": SMALL[:count]})
+        result = AutoAttack()(FourWays(), x, y, Lp("linf", 0.1))
+        assert result.success.tolist() == (kind < count).tolist()
+    broken_after = [result.first_success[kind == k].min().item() for k in range(4)]
+    assert broken_after == sorted(broken_after)
+    assert (result.first_success == result.forwards).all()  # who has fallen pays no more
+
+
+@pytest.mark.parametrize("stop", ["success", "never"])
+def test_a_failure_is_the_point_of_the_largest_margin_among_all_parts(monkeypatch, stop):
+    """Cross-entropies, ratios and margins do not compare: the ensemble ranks by one measure."""
+    asked, net, x = [], tiny_net(), torch.full((1, 1, 6, 6), 0.5, dtype=torch.float64)
+    y, threat = predict(net, x), Lp("linf", 0.003)
+    monkeypatch.setitem(auto_attack.VARIANTS, "standard", {"linf": SMALL})
+    handle = net.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[0].detach().clone()))
+    result = AutoAttack()(net, x, y, threat, stop=stop)
+    handle.remove()
+    points = torch.cat(asked)
+    points = points[threat.contains(points, x.expand_as(points))]
+    margins, kept = (margin(net(p), Untargeted(y.expand(len(p)))) for p in (points, result.x_adv))
+    assert not result.success.any()
+    assert kept == margins.max()
 
 
 def test_the_published_budgets():
