@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.grad import conv2d_input
 from torch.nn.modules.utils import _pair
 
 from robustbench_lite.certify.intervals import Ball, Interval
@@ -23,6 +22,7 @@ from robustbench_lite.certify.rows import Dense, OneHot, Patch, Rows
 __all__: list[str] = []
 
 aten = torch.ops.aten
+_grad: Any = torch.nn.grad  # untyped
 _Pair = tuple[int, int]
 FEW_CHANNELS = 4  # to so few a product of matrices is 3 to 6 times faster in float32; to 16 half as fast
 
@@ -159,7 +159,7 @@ def transposed_conv2d(rows: Rows, weight: Tensor, shape: tuple[int, ...], fixed:
 
 
 def _spread(a: Tensor, weight: Tensor, stride: _Pair, padding: _Pair, dilation: _Pair, groups: int) -> Tensor:
-    """Return the transposed convolution of `a`, (N, O, h, w), by what is fastest: on a CPU they differ up to sixfold."""
+    """Return the transposed convolution of `a`, (N, O, h, w), by what is fastest: they differ up to sixfold."""
     if a.device.type != "cpu":
         return F.conv_transpose2d(a, weight, None, stride, padding, 0, groups, dilation)
     height, width = (
@@ -169,7 +169,8 @@ def _spread(a: Tensor, weight: Tensor, stride: _Pair, padding: _Pair, dilation: 
     few = groups == 1 and weight.shape[1] <= FEW_CHANNELS
     if a.dtype == torch.float64 and (few or stride == (1, 1)):
         size = (len(a), weight.shape[1] * groups, height, width)
-        return conv2d_input(size, weight, a, stride, padding, dilation, groups)
+        values: Tensor = _grad.conv2d_input(size, weight, a, stride, padding, dilation, groups)
+        return values
     if few:
         columns = torch.matmul(weight.flatten(1).t(), a.flatten(2))
         return F.fold(columns, (height, width), weight.shape[2:], dilation, padding, stride)
