@@ -7,6 +7,7 @@ conv(scale^2, W^2), zero padding included; for l1 the largest weight among the t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from robustbench_lite.certify.rows import Dense, OneHot, Patch, Rows
 __all__: list[str] = []
 
 aten = torch.ops.aten
-_grad: Any = torch.nn.grad  # untyped
+_grad: Any = import_module("torch.nn.grad")  # untyped
 _Pair = tuple[int, int]
 FEW_CHANNELS = 4  # to so few a product of matrices is 3 to 6 times faster in float32; to 16 half as fast
 
