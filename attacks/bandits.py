@@ -41,7 +41,8 @@ class Bandits(Attack):
 
     Attributes:
         tile: side of the prior's tiles, in pixels; 1: no data prior.
-        fd_eta: l2 length of the finite differences, in the units of the images; None: 0.1 for linf, 0.01 for l2.
+        fd_eta: l2 length of the finite differences, in the units of the images; None: 0.1 for linf, 0.01 for l2, which
+            is for bounds (0, 1).
         exploration: length of the noise around the prior; None: 1 for linf, 0.01 for l2.
         online_lr: learning rate of the prior; None: 100 for linf (exponentiated gradient), 0.1 for l2 (gradient).
         image_lr: length of an image step in the threat's norm, in the units of the images; None: eps / 5 for linf,

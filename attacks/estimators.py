@@ -84,7 +84,7 @@ class NESEstimator(_PairedEstimator):
     Attributes:
         basis: where directions are drawn; the estimate lies in its span.
         samples: probes of one estimate, an even number.
-        sigma: standard deviation of the probes, in the units of the images.
+        sigma: standard deviation of the probes, in the units of the images; the default is for bounds (0, 1).
 
     Raises:
         ValueError: a hyper-parameter out of range.
@@ -114,7 +114,7 @@ class SPSAEstimator(_PairedEstimator):
     Attributes:
         basis: where signs are drawn; the estimate lies in its span.
         samples: probes of one estimate, an even number: twice the paper's number of directions.
-        delta: distance of a probe along each coefficient, in the units of the images.
+        delta: distance of a probe along each coefficient, in the units of the images; the default is for bounds (0, 1).
 
     Raises:
         ValueError: a hyper-parameter out of range.
@@ -143,7 +143,8 @@ class FiniteDifferenceEstimator(ScoreEstimator):
 
     Attributes:
         basis: the coordinates; the estimate is the gradient projected on their span.
-        h: distance of a probe, in the units of the images. In float32 rounding costs about 1e-7 / h.
+        h: distance of a probe, in the units of the images; the default is for bounds (0, 1). In float32 rounding costs
+            about 1e-7 / h.
         two_sided: probe on both sides, with an error of h^2 instead of h, at twice the price.
         coordinates: estimate this many coordinates, drawn anew for each sample and call, and leave the others 0;
             None: all.

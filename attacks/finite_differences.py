@@ -27,7 +27,7 @@ class FiniteDifferences(IterativeAttack):
     Attributes:
         steps: gradient steps.
         step_size: length of a step in the units of the images; None: `2.5 * eps / steps`.
-        h: distance of a probe, in the units of the images.
+        h: distance of a probe, in the units of the images; the default is for bounds (0, 1).
         two_sided: probe on both sides of the point.
         coordinates: coordinates of one gradient, drawn anew for each sample and step; None: all.
         loss: "margin", "ce" or "dlr"; float32 differences of a saturated cross-entropy are noise.

@@ -29,7 +29,7 @@ class NES(ClimbingAttack):
 
     Attributes:
         samples: probes of one estimate, an even number: mirrored pairs.
-        sigma: standard deviation of the probes, in the units of the images.
+        sigma: standard deviation of the probes, in the units of the images; the default is for bounds (0, 1).
         lr: length of the first steps, in the units of the images; None: `eps / 5`.
         min_lr: length below which steps are not cut; None: `eps / 1000`.
         momentum: share of the old direction in the new one.

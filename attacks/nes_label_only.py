@@ -32,7 +32,7 @@ class NESLabelOnly(ShrinkingNES):
     Attributes:
         k: classes that an answer shows.
         samples: probes of one estimate, an even number: mirrored pairs.
-        sigma: standard deviation of the probes, in the units of the images.
+        sigma: standard deviation of the probes, in the units of the images; the default is for bounds (0, 1).
         lr: length of the first steps, in the units of the images; None: `eps / 5`.
         min_lr: length below which steps are not cut, in the units of the images; None: `eps / 500`.
         momentum: share of the old direction in the new one.
@@ -41,11 +41,11 @@ class NESLabelOnly(ShrinkingNES):
         threshold: the ball shrinks while the loss is below this.
         conservative: the ball shrinks by the accepted cut over this.
         queries: forward passes that each sample may spend, the clean check aside.
-        draws: images tried as a start, until one has a wanted class.
+        draws: images tried as a start, none of a gallery twice, until one has a wanted class.
         basis: where probes are drawn: `Pixels()`, `DCT(fraction)`, `Tiles(side)`.
         gallery: labelled images to start from; None: noise, which rarely has the class of a targeted goal.
         m: draws around each probe.
-        u: how far they may lie from it, in the units of the images.
+        u: how far they may lie from it, in the units of the images; the default is for bounds (0, 1).
 
     Raises:
         ValueError: a hyper-parameter out of range.

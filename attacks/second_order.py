@@ -32,7 +32,7 @@ class NoiseAveraged:
 
     Attributes:
         samples: copies.
-        sigma: standard deviation of the noise, in the units of the images.
+        sigma: standard deviation of the noise, in the units of the images; the default is for bounds (0, 1).
 
     Raises:
         ValueError: no sample, or a sigma that is not positive.

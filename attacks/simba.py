@@ -36,7 +36,7 @@ class SimBA(Attack):
 
     Attributes:
         basis: the directions: `Pixels()`, `DCT(fraction)` or `Tiles(side)`.
-        step: length of a step in l2, in the units of the images.
+        step: length of a step in l2, in the units of the images; the default is for bounds (0, 1).
         queries: most forward passes for a sample, the clean check aside (the original: 10,000
             directions, at most two each).
 

@@ -27,7 +27,7 @@ class SPSA(ClimbingAttack):
 
     Attributes:
         samples: probes of one estimate, an even number: mirrored pairs.
-        delta: distance of a probe along each coordinate, in the units of the images.
+        delta: distance of a probe along each coordinate, in the units of the images; the default is for bounds (0, 1).
         lr: Adam's step size, in the units of the images; None: `eps / 3`.
         queries: forward passes that each sample may spend, the clean check aside.
         loss: "margin", "ce" or "dlr".
