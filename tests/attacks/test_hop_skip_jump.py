@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from robustbench_lite.attacks import FoolboxAttack, HopSkipJump
+from robustbench_lite.attacks import HopSkipJump
 from robustbench_lite.attacks._decision import bisect, random_start
 from robustbench_lite.attacks._purse import Purse
 from robustbench_lite.core.goals import Targeted, Untargeted
@@ -74,15 +73,6 @@ def test_memory_changes_no_answer(norm, monkeypatch, net, images):
         assert max(asked) <= max(12, capacity)  # 12 samples ask one question each, or a block of 8 probes
 
 
-@pytest.mark.parametrize("queries", [1, 5, 30, 150])
-def test_its_own_limit_is_kept(queries, net, images):
-    y = predict(net, images)
-    result = HopSkipJump(queries=queries)(net, images, y, Lp("l2", None), generator=generator())
-    assert result.forwards.max() <= queries + 1  # and the clean check
-    bounded = HopSkipJump()(net, images, y, Lp("l2", None), max_queries=queries + 1, generator=generator())
-    assert torch.equal(result.x_adv, bounded.x_adv)
-
-
 def test_iterations_end_it(net, images):
     y = predict(net, images)
     short, long = (HopSkipJump(iterations=n)(net, images, y, Lp("l2", None), generator=generator()) for n in (1, 4))
@@ -139,20 +129,6 @@ def test_bisection_ends_beside_the_boundary_on_its_far_side(linear, images):
     assert (predict(net, beyond) == goal.labels).all()
 
 
-def test_samples_wrong_from_the_start_walk_on_without_harm(net, images):
-    """With stop="never" they are not done: the walk ends beside the clean image, at a distance of next to nothing."""
-    x = images.float()
-    net = net.float()
-    y = (predict(net, x) + 1) % 4
-    fed = []
-    net.register_forward_hook(lambda _, args, logits: fed.append(args[0].isfinite().all().item()))
-    for eps in (0.5, None):
-        result = HopSkipJump()(net, x, y, Lp("l2", eps), max_queries=600, stop="never", generator=generator())
-        assert result.success.all()
-        assert (result.distance == 0).all()
-    assert all(fed)
-
-
 def test_bad_settings_say_what_is_wrong(net, images):
     for build, message in [
         (lambda: HopSkipJump(iterations=0), "iterations must be a whole number"),
@@ -163,18 +139,3 @@ def test_bad_settings_say_what_is_wrong(net, images):
     ]:
         with pytest.raises(ValueError, match=message):
             build()
-
-
-@pytest.mark.slow
-def test_it_is_no_weaker_than_foolbox_at_equal_queries(shared_data):
-    from robustbench_lite.zoo import load_defense
-
-    with np.load(shared_data / "mnist.npz") as file:
-        x = torch.from_numpy(file["x_test"][:4]).float().reshape(-1, 1, 28, 28) / 255
-        y = torch.from_numpy(file["y_test"][:4]).long()
-    net = load_defense("mnist/standard")
-    ours, theirs = (
-        attack(net, x, y, Lp("l2", None), max_queries=600, generator=generator()).distance
-        for attack in (HopSkipJump(), FoolboxAttack("HopSkipJumpAttack"))
-    )
-    assert (ours / theirs).log().mean().exp() < 1.1
