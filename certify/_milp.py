@@ -2,9 +2,9 @@
 
 What HiGHS tolerates, and what is done about it:
 
-- A row or an integrality that is violated by up to 1e-7 (`FEASIBILITY`) makes the set of points larger, so a minimum
+- A row or an integrality that is violated by up to 2e-8 (`FEASIBILITY`) makes the set of points larger, so a minimum
   smaller: sound.
-- A dual bound may have reduced costs with the wrong sign, by 1e-8 at most (`DUAL`). The bound is too high by at most
+- A dual bound may have reduced costs with the wrong sign, by 2e-9 at most (`DUAL`). The bound is too high by at most
   that times the widths of the variables and of the rows, which are all finite here: so much is taken off it.
 - Coefficients up to 1e-9 are dropped (`SMALL`): they are dropped here first, and their rows made as much wider.
 
@@ -29,8 +29,8 @@ __all__: list[str] = []
 
 Floats = NDArray[np.float64]
 
-FEASIBILITY = 1e-7  # of rows and integrality; below that HiGHS complains on stdout
-DUAL = 1e-8  # HiGHS takes a tenth of FEASIBILITY in mixed-integer programmes
+FEASIBILITY = 2e-8  # of rows and integrality; at 1e-8 HiGHS has to mend points, and says so on stdout
+DUAL = 2e-9  # HiGHS takes a tenth of FEASIBILITY in mixed-integer programmes
 GAP = 1e-8  # absolute gap at which HiGHS calls an incumbent optimal
 SMALL = 1e-9
 OPTIMAL, LIMIT, INFEASIBLE = 0, 1, 2  # the statuses of scipy.optimize.milp
