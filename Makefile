@@ -14,7 +14,7 @@ leaderboard: $(VENV)/installed
 	$(BIN)/rbl leaderboard
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "$(MARKS)"
+	$(BIN)/python -m pytest -n logical --dist worksteal -m "$(MARKS)"
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
