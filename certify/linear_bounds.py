@@ -167,7 +167,7 @@ class LinearBounds:
         needed = any(reader.op in LINES or reader.op in WANTED for reader in self._readers[node.index])
         if needed and self._tighten and node.index not in self._tight:
             value = self._tightened(node, value)
-        self.values[node.index] = value if needed else _outline(value)
+        self.values[node.index] = value if needed else _Outline.of(value)
         return value
 
     def _tightened(self, node: Node, box: Interval) -> Interval:
@@ -206,10 +206,13 @@ class LinearBounds:
         return wanted
 
 
-def _outline(box: Interval) -> Interval:
-    """Return a box of one sample without values: all that an affine operator needs of its operand."""
-    nothing = box.lower.new_empty(1).expand(1, *box.lower.shape[1:])
-    return Interval(nothing, nothing)
+class _Outline(Interval):
+    """A box of one sample without values: all that an affine operator needs of its operand."""
+
+    @classmethod
+    def of(cls, box: Interval) -> _Outline:
+        nothing = box.lower.new_empty(1).expand(1, *box.lower.shape[1:])
+        return cls(nothing, nothing)
 
 
 def specification_rows(C: Tensor, count: int) -> Dense:
@@ -234,8 +237,8 @@ def _through(rows: Rows, lines: Lines) -> tuple[Rows, Tensor]:
 
 
 def _taken(value: Value | None, rows: Tensor) -> Value | None:
-    if not isinstance(value, Interval) or value.lower.stride()[0:1] == (0,):
-        return value  # fixed, or an outline
+    if not isinstance(value, Interval) or isinstance(value, _Outline):
+        return value
     return Interval(value.lower[rows], value.upper[rows])
 
 
