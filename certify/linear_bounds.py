@@ -207,12 +207,12 @@ class LinearBounds:
 
 
 class _Outline(Interval):
-    """A box of one sample without values: all that an affine operator needs of its operand."""
+    """A box that claims nothing, for one sample: an affine operator needs no more of its operand than the shape."""
 
     @classmethod
     def of(cls, box: Interval) -> _Outline:
-        nothing = box.lower.new_empty(1).expand(1, *box.lower.shape[1:])
-        return cls(nothing, nothing)
+        infinity = box.lower.new_full((1,), torch.inf).expand(1, *box.lower.shape[1:])
+        return cls(-infinity, infinity)
 
 
 def specification_rows(C: Tensor, count: int) -> Dense:
