@@ -10,6 +10,11 @@ from robustbench_lite.core.exports import export_all
 if TYPE_CHECKING:  # for type checkers and editors; a file that is not named here is exported all the same
     from robustbench_lite.certify.base import Certifier as Certifier
     from robustbench_lite.certify.bounds import bounds as bounds
+    from robustbench_lite.certify.cost_sensitive import CostReport as CostReport
+    from robustbench_lite.certify.cost_sensitive import CostSensitive as CostSensitive
+    from robustbench_lite.certify.cost_sensitive import cost_report as cost_report
+    from robustbench_lite.certify.cost_sensitive import seed_class_costs as seed_class_costs
+    from robustbench_lite.certify.cost_sensitive import small_large_costs as small_large_costs
     from robustbench_lite.certify.curves import CertifiedAccuracy as CertifiedAccuracy
     from robustbench_lite.certify.curves import log_rank as log_rank
     from robustbench_lite.certify.errors import UnsupportedOperator as UnsupportedOperator

@@ -24,7 +24,7 @@ def layered(sizes: tuple[int, ...], activation: nn.Module, seed: int) -> nn.Sequ
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers: list[nn.Module] = [nn.Flatten()]
-        for i, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
+        for inputs, outputs in itertools.pairwise(sizes):
             layers += [nn.Linear(inputs, outputs), activation]
             nn.init.normal_(layers[-2].weight)
             nn.init.normal_(layers[-2].bias, std=0.3)
