@@ -166,7 +166,7 @@ def test_one_seed_one_answer_and_fresh_draws_for_the_measurement():
     assert not torch.equal(first.counts[0], first.counts[1])
     seen: list[Tensor] = []
     method(counting(HalfSpace(), seen), x[:1], Y[:1], threat)
-    copies = torch.cat([batch for batch in seen if len(batch) > 16])
+    copies = torch.cat([batch for batch in seen if len(batch) > 4])
     assert len(copies.flatten(1).unique(dim=0)) == len(copies) == 1000
     source = torch.Generator().manual_seed(1)
     method(HalfSpace(), x, Y[:2], threat, generator=source)
@@ -177,7 +177,7 @@ def test_the_copies_are_noise_around_the_image_and_are_not_clipped():
     seen: list[Tensor] = []
     x = at(0.1)
     RandomizedSmoothing(SIGMA, n0=1, n=4000).votes(counting(HalfSpace(), seen), x)
-    noise = (torch.cat([batch for batch in seen if len(batch) > 16]) - x).numpy()
+    noise = (torch.cat([batch for batch in seen if len(batch) > 4]) - x).numpy()
     for coordinate in noise.reshape(len(noise), -1).T:
         assert stats.kstest(coordinate, stats.norm(0, SIGMA).cdf).pvalue > 1e-4
     assert (noise + x.numpy()).max() > 1
@@ -227,7 +227,7 @@ def test_predict_is_the_binomial_test():
     votes: list[Tensor] = []
     labels = method.predict(counting(HalfSpace(), votes), x, batch_size=1)
     assert {-1, 0, 1} == set(labels.tolist())
-    answers = HalfSpace()(torch.cat([batch for batch in votes if len(batch) > 16])).argmax(1).reshape(60, n)
+    answers = HalfSpace()(torch.cat([batch for batch in votes if len(batch) > 4])).argmax(1).reshape(60, n)
     for label, row in zip(labels.tolist(), answers, strict=True):
         one = int(row.sum())
         clear = stats.binomtest(max(one, n - one), n, 0.5).pvalue <= alpha
@@ -269,6 +269,20 @@ def test_a_model_is_left_as_it_was_and_asked_in_eval_mode():
     assert net.training
 
 
+@pytest.mark.gpu
+def test_a_gpu_finds_what_a_cpu_finds():
+    x = at(*np.linspace(0.05, 0.4, 40)).float()
+    method = RandomizedSmoothing(SIGMA, n=5000, alpha=1e-6)
+    host, card = method.votes(HalfSpace(), x), method.votes(HalfSpace(), x.cuda())
+    assert (host.counts - card.counts.cpu()).abs().max() < 5 * 5000**0.5
+    again = method.votes(HalfSpace(), x.cuda(), batch_size=7)
+    assert torch.equal(card.counts, again.counts)
+    early = RandomizedSmoothing(SIGMA, stopping=EarlyStopping())
+    found = early(HalfSpace(), x.cuda(), ones(x).cuda(), Lp("l2", 0.2))
+    assert found.certified[-1]
+    assert not found.certified[0]
+
+
 class Stochastic(HalfSpace):
     stochastic = True
 
@@ -301,6 +315,11 @@ class InPlace(HalfSpace):
         return super().forward(x.mul_(2))
 
 
+class Flat(HalfSpace):
+    def predict(self, x: Tensor) -> Tensor:
+        return super().forward(x).argmax()
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -310,6 +329,7 @@ class InPlace(HalfSpace):
         (Mixes(), "depends on the other images"),
         (OneLogit(), "at least 2 classes"),
         (InPlace(), "changes its input in place"),
+        (Flat(), "labels of shape"),
     ],
 )
 def test_base_models_that_cannot_be_smoothed(model, message):
