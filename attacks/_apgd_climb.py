@@ -11,6 +11,7 @@ from robustbench_lite.attacks._apgd_rules import Rule
 from robustbench_lite.core.goals import Goal
 from robustbench_lite.core.losses import Loss
 from robustbench_lite.core.oracle import Oracle
+from robustbench_lite.core.rows import pick
 
 __all__ = ["Climb"]
 
@@ -58,9 +59,8 @@ class Climb:
             self._remember(value, gradient)
             restart = self.rule.look(step, rose, self._best_value, self.best)
             if restart is not None:
-                where = restart.reshape(-1, 1, 1, 1)
-                self.points = torch.where(where, self.best, self.points)
-                gradient = torch.where(where, self._best_gradient, gradient)
+                self.points = pick(restart, self.best, self.points)
+                gradient = pick(restart, self._best_gradient, gradient)
                 value = torch.where(restart, self._best_value, value)
             self._value = value
             self.points = self.rule.move(self.points, gradient)
@@ -85,10 +85,9 @@ class Climb:
 
     def _remember(self, value: Tensor, gradient: Tensor) -> None:
         better = value > self._best_value
-        where = better.reshape(-1, 1, 1, 1)
         self._best_value = torch.where(better, value, self._best_value)
-        self.best = torch.where(where, self.points, self.best)
-        self._best_gradient = torch.where(where, gradient, self._best_gradient)
+        self.best = pick(better, self.points, self.best)
+        self._best_gradient = pick(better, gradient, self._best_gradient)
 
     def _keep(self, keep: Tensor) -> None:
         if len(keep) == len(self.rows):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from robustbench_lite.core.rng import Streams
+from robustbench_lite.core.rows import pick
 from robustbench_lite.core.threats import Lp
 
 __all__ = ["MOVES", "Moves", "bump_pair"]
@@ -153,7 +154,7 @@ class L2Moves:
         return self._changed
 
     def settle(self, better: Tensor) -> None:
-        self.points = torch.where(better[:, None, None, None], self._changed, self.points)
+        self.points = pick(better, self._changed, self.points)
 
     def _at_radius(self, delta: Tensor) -> Tensor:
         """Return points at distance eps along `delta`, as far as the image bounds allow.

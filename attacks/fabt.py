@@ -26,6 +26,7 @@ from robustbench_lite.core.losses import Loss, margin
 from robustbench_lite.core.norms import NORMS
 from robustbench_lite.core.oracle import Oracle
 from robustbench_lite.core.rng import Streams
+from robustbench_lite.core.rows import pick
 from robustbench_lite.core.threats import Lp, Threat
 
 __all__ = ["FABT"]
@@ -136,7 +137,7 @@ class FABT(Attack):
             value, gradient = oracle.gradient(points, rows, loss, aim.take(rows))
             hit = oracle.verdict & stepped
             ahead = self._step(threat, x, points, value, gradient)
-            points = torch.where(hit.reshape(-1, 1, 1, 1), x + self.beta * (points - x), ahead)
+            points = pick(hit, x + self.beta * (points - x), ahead)
             left, likely, stepped = left - (~hit).long(), hit | (likely & ~stepped), ~hit
 
     def _foresee(self, oracle: Oracle, rows: Tensor, points: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,7 +152,7 @@ class FABT(Attack):
         oracle.judge(points[asked], rows[asked])
         back[asked] = oracle.verdict
         x = oracle.x[rows]
-        return torch.where(back.reshape(-1, 1, 1, 1), x + self.beta * (points - x), points), back
+        return pick(back, x + self.beta * (points - x), points), back
 
     @torch.no_grad()
     def _step(self, threat: Lp, x: Tensor, points: Tensor, value: Tensor, gradient: Tensor) -> Tensor:

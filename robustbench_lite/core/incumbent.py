@@ -75,6 +75,8 @@ class Incumbent:
         x, threat = self._part(rows)
         inside = threat.contains(points, x)
         wanted = inside if wanted is None else wanted & inside
+        if self._on_cpu and not bool(wanted.any()):
+            return
         self._keep(points, rows, wanted)
         self._raise_bars(rows, won, value.double(), wanted, spent)
 

@@ -266,8 +266,9 @@ class Lp(Threat):
 
     def contains(self, point: Tensor, x: Tensor) -> Tensor:
         """Return bool (B,): finite, within bounds, and within eps where there is one."""
-        if self.norm == "linf" and x.device.type == "cpu" and self._surely_contains(point, x):
-            return torch.ones(len(x), dtype=torch.bool)
+        sure = self._surely_contains(point, x) if self.norm == "linf" and x.device.type == "cpu" else None
+        if sure is not None:
+            return sure
         rows = point.flatten(1)
         inside = (rows.amin(dim=1) >= self.bounds[0] - TOLERANCE) & (rows.amax(dim=1) <= self.bounds[1] + TOLERANCE)
         if self.eps is None:
@@ -275,15 +276,24 @@ class Lp(Threat):
         eps = self.radius(x.double()).reshape(-1)
         return inside & (self.distance(point, x) <= eps + TOLERANCE * eps.clamp_min(1))
 
-    def _surely_contains(self, point: Tensor, x: Tensor) -> bool:
-        """Say whether all points lie in an linf ball, up to what rounding in their own precision leaves open."""
+    def _surely_contains(self, point: Tensor, x: Tensor) -> Tensor | None:
+        """Say which points lie in an linf ball, bool (B,); None where rounding in their own precision leaves it open.
+
+        In two steps, as most batches lie inside as a whole.
+        """
         slack = TOLERANCE / 2 - torch.finfo(x.dtype).eps * max(abs(bound) for bound in self.bounds)
         if not isinstance(self.eps, float) or slack <= 0 or len(x) == 0:
-            return False
-        (least, most), (low, high) = ((v.item() for v in torch.aminmax(t)) for t in (point - x, point))
-        return (
-            max(-least, most) <= self.eps + slack and self.bounds[0] - slack <= low and high <= self.bounds[1] + slack
-        )
+            return None
+        moved = point - x
+        (least, most), (low, high) = ((v.item() for v in torch.aminmax(t)) for t in (moved, point))
+        if not (self.bounds[0] - slack <= low and high <= self.bounds[1] + slack):
+            return None
+        if max(-least, most) <= self.eps + slack:
+            return torch.ones(len(x), dtype=torch.bool)
+        far = moved.flatten(1).abs_().amax(dim=1)
+        near = far <= self.eps + slack
+        beyond = far > self.eps + 2 * TOLERANCE * max(self.eps, 1)  # by more than rounding can be off
+        return near if bool((near | beyond).all()) else None
 
     @torch.no_grad()
     def project(self, point: Tensor, x: Tensor) -> Tensor:

@@ -221,3 +221,20 @@ def test_fractions_of_255_are_understood():
 def test_l0_has_no_dual_norm():
     with pytest.raises(ValueError, match="l0 has no dual norm"):
         _ = Lp("l0", 3).dual_norm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_linf_membership_of_a_mixed_batch_is_that_of_each_point_in_float64(dtype):
+    """Far inside, at the edge, beyond it, out of bounds and NaN, in one batch and one by one."""
+    x = torch.full((7, 1, 2, 3), 0.5, dtype=dtype)
+    point = x.clone()
+    point[:, 0, 0, 0] += torch.tensor([0.1, 0.2, 0.2 + 5e-7, 0.2 + 3e-6, 0.3, 0.6, torch.nan], dtype=torch.float64).to(
+        dtype
+    )
+    threat = Lp("linf", 0.2)
+    together = threat.contains(point, x)
+    moved = (point.double() - x.double()).abs().flatten(1).amax(dim=1)
+    assert together.tolist() == (moved <= 0.2 + 1e-6).tolist() == [True, True, True, False, False, False, False]
+    for count in range(1, 8):
+        assert torch.equal(threat.contains(point[:count], x[:count]), together[:count])
+        assert torch.equal(threat.contains(point[count - 1 : count], x[:1]), together[count - 1 : count])
