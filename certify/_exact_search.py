@@ -125,7 +125,7 @@ def minima(question: Question, value: Callable[[Tensor], Floats], seconds: float
     if not _finite(built.values):
         return np.full_like(upper, np.nan), np.full_like(upper, np.nan)
     lower = built.programme.range(built.values)[0]
-    for s in range(len(lower)):
+    for s in np.flatnonzero(question.C.any(axis=1)).tolist():  # a row of zeros is 0 by its interval bounds
         row = built.row(s)
         for relaxed in (True, False):
             ceiling = math.inf if relaxed else float(upper[s]) + 2 * built.programme.room + 1e-6
