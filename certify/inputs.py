@@ -41,7 +41,6 @@ def _threat_region(threat: Threat, x: Tensor | None, norms: tuple[str, ...]) -> 
     check_images(x, threat.bounds)
     x = x.clamp(*threat.bounds)  # by the tolerance of that check at most; no point within the bounds gets farther away
     lower, upper = threat.box(x)
-    _check_box(lower, upper)
     if threat.norm == "linf":
         return Region(lower, upper)
     eps = threat.radius(x).reshape(-1).expand(len(x))

@@ -96,4 +96,5 @@ class Graph:
             return torch.tensor(node.attributes["value"], dtype=like.dtype, device=like.device)
         else:
             value = node.attributes["call"](*operands)
-        return value.to(device=like.device, dtype=like.dtype if value.is_floating_point() else value.dtype)
+        dtype = like.dtype if value.is_floating_point() else value.dtype
+        return value if value.dtype == dtype and value.device == like.device else value.to(like.device, dtype)

@@ -6,6 +6,7 @@ conv(scale^2, W^2), zero padding included; for l1 the largest weight among the t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
@@ -25,6 +26,7 @@ __all__: list[str] = []
 aten = torch.ops.aten
 _grad: Any = import_module("torch.nn.grad")  # untyped
 _Pair = tuple[int, int]
+FEW_OUTPUTS = 2**13  # entries up to which one product of matrices is 2 to 3 times faster than two convolutions
 FEW_CHANNELS = 4  # to so few a product of matrices is 3 to 6 times faster in float32; to 16 half as fast
 
 
@@ -100,12 +102,25 @@ def interval_conv2d(node: Node, z: Value, weight: Value, bias: Value | None = No
     if not isinstance(z, Interval) or not isinstance(weight, Tensor) or isinstance(bias, Interval):
         raise TypeError("only the input of a convolution may vary, not its weights")
     fixed = node.attributes
-    box = Interval.around(F.conv2d(z.centre, weight, bias, **fixed), F.conv2d(z.radius, weight.abs(), None, **fixed))
+    box = Interval.around(*_both(node, z, weight, bias))
     if z.ball is None:
         return box
     size = _l2_gain(z.ball, weight, node) if z.ball.norm == "l2" else _l1_gain(z.ball, weight, node)
     radius = z.ball.eps.reshape(-1, 1, 1, 1) * size
     return box.intersect(Interval.around(F.conv2d(z.ball.centre, weight, bias, **fixed), radius))
+
+
+def _both(node: Node, z: Interval, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return conv(centre, W) + b and conv(radius, |W|)."""
+    fixed, count = node.attributes, len(z.lower)
+    if z.lower.device.type != "cpu" or fixed["groups"] > 1 or count * math.prod(node.shape) > FEW_OUTPUTS:
+        return F.conv2d(z.centre, weight, bias, **fixed), F.conv2d(z.radius, weight.abs(), None, **fixed)
+    window = {name: fixed[name] for name in ("stride", "padding", "dilation")}
+    taps = F.unfold(torch.cat([z.centre, z.radius]), weight.shape[-2:], **window)
+    rows = weight.flatten(1)
+    images = torch.stack([rows, rows.abs()]).unsqueeze(1) @ taps.reshape(2, count, *taps.shape[1:])
+    centre, radius = images.reshape(2, count, *node.shape)
+    return centre if bias is None else centre + bias.reshape(-1, 1, 1), radius
 
 
 def _l2_gain(ball: Ball, weight: Tensor, node: Node) -> Tensor:
