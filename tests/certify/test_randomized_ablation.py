@@ -50,6 +50,7 @@ def test_radii_are_the_largest_number_of_pixels_by_binomial_coefficients():
             continue
         holds = [r for r in range(50) if Fraction(p) > Fraction(3, 2) - Fraction(math.comb(d - r, k), math.comb(d, k))]
         assert found == holds[-1]
+    assert RandomizedAblation(1).radii(np.array([0.75, 0.76]), "l0", torch.Size([1, 2, 2])).tolist() == [0, 1]
 
 
 def test_certificates_agree_with_what_no_attack_can_change():
