@@ -109,7 +109,8 @@ class PowerIteration:
             vector = self._eigenvector(oracle, points[keep], rows[keep], loss, streams.take(keep))
             along = (vector * gradient[keep]).sum(dim=(1, 2, 3), keepdim=True)
             curved = vector.flatten(1).any(dim=1).reshape(-1, 1, 1, 1)
-            gradient[keep] = torch.where(curved, torch.where(along < 0, -vector, vector), gradient[keep])
+            chosen = torch.where(curved, torch.where(along < 0, -vector, vector), gradient[keep])
+            gradient = gradient.index_copy(0, keep, chosen)  # not in place: autograd may hand out an expanded tensor
         return gradient
 
     def _eigenvector(self, oracle: Oracle, points: Tensor, rows: Tensor, loss: Loss, streams: Streams) -> Tensor:
