@@ -7,12 +7,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 from scipy.optimize import linprog
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustbench_lite.certify import bounds, exact_margins, graph_of, relaxation_bounds
-from robustbench_lite.certify._affine import Affine
 from robustbench_lite.certify._milp import Programme
 from robustbench_lite.certify.errors import UnsupportedOperator
 from robustbench_lite.certify.intervals import Interval
@@ -280,11 +280,13 @@ def test_each_sample_has_its_own_budget_and_specification():
 
 def test_tiny_coefficients_that_the_solver_drops_cost_nothing_of_soundness():
     programme = Programme()
-    z = programme.variables(np.array([0.0, 0.0]), np.array([1.0, 1e6]))
-    first, second = z.rows(np.array([0])), z.rows(np.array([1]))
-    row = Affine((second.scaled(np.array([-9e-10])) - first).matrix, np.array([0.0]))
-    programme.require(row.shifted(np.array([5e-4])))  # first >= 5e-4 - 9e-10 * second, so 0 is allowed at second = 1e6
-    assert programme.minimise(first, relaxed=True).lower <= 0.0
+    wide, five = programme.variables(np.zeros(1), np.full(1, 1e6)), programme.variables(np.zeros(5), np.ones(5))
+    for i in range(5):  # five >= 9e-4 - 9e-10 * wide, five times: all five can be 0 together
+        row = wide.scaled(np.array([-9e-10])) - five.rows(np.array([i]))
+        programme.require(row.shifted(np.array([9e-4])))
+    total = five.mapped(sparse.csr_array(np.ones((1, 5))))
+    assert programme.room < 3e-3  # of 4.5e-3 that the rows would seem to ask for
+    assert programme.minimise(total, relaxed=True).lower <= 0.0
 
 
 def test_bad_input_is_refused():
