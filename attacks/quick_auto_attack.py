@@ -5,7 +5,7 @@ Source: our own schedule of Auto-PGD (Croce and Hein 2020, 2003.01690; see APGD)
 estimate of their distance, as in MALT: Melamed, Yehudai and Shamir 2024, "MALT Powers Up Adversarial Attacks"
 (2407.02240).
 Departures: MALT runs Auto-PGD with 100 steps towards 9 targets; here every sample meets two targets, and the
-cross-entropy twice, for 25 steps each, then, in l2 and l1, FAB towards two classes; only those that came close to
+cross-entropy twice, for 25 steps each, then, in l2 and l1, FAB towards four classes; only those that came close to
 falling go on, with Square at the end. FAB is there for nets trained against linf: in the other norms their gradients
 mislead Auto-PGD, at any length, and a sample that it leaves far from falling would be given up.
 
@@ -43,7 +43,8 @@ class QuickAutoAttack(Attack):
     Attributes:
         steps: gradient steps in each run.
         targets: nearest wrong classes that every sample meets.
-        boundary_steps: steps of FAB towards each of `targets` classes, in l2 and l1.
+        boundary_steps: steps of FAB towards each class, in l2 and l1.
+        boundary_targets: likeliest classes that FAB heads for, one after the other.
         close: go on with a sample when the margin at its best point is at most this share of the clean one.
         rounds: further runs of each kind for these samples, with one more target.
         queries: most queries of a last search without gradients (Square) on these samples; none in l1.
@@ -56,13 +57,14 @@ class QuickAutoAttack(Attack):
     steps: int = 25
     targets: int = 2
     boundary_steps: int = 75
+    boundary_targets: int = 4
     close: float = 0.2
     rounds: int = 4
     queries: int = 2000
     candidates: int = 9
 
     def __post_init__(self) -> None:
-        for name in ("steps", "targets", "boundary_steps", "queries", "candidates"):
+        for name in ("steps", "targets", "boundary_steps", "boundary_targets", "queries", "candidates"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
@@ -83,7 +85,8 @@ class QuickAutoAttack(Attack):
         clean, aims = self._aims(oracle, x, goal, ball)
         self._round(oracle, aims[: self.targets], goal, ball, streams, everyone)
         if ball.norm != "linf":
-            FABT(steps=self.boundary_steps, target_classes=self.targets).run(oracle, x, goal, threat, streams.fork(1))
+            boundary = FABT(steps=self.boundary_steps, target_classes=self.boundary_targets)
+            boundary.run(oracle, x, goal, threat, streams.fork(1))
         chosen = self._close(oracle, clean)
         for _ in range(self.rounds):
             self._round(oracle, aims[: self.targets + 1], goal, ball, streams, chosen)
