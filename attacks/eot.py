@@ -101,5 +101,6 @@ class ExpectedGradient:
         _, gradient = oracle.gradient(points, rows, loss)
         keep = oracle.still(rows, (self.samples - 1) * oracle.probe_cost)
         for _ in range(self.samples - 1 if len(keep) else 0):
-            gradient.index_add_(0, keep, oracle.gradient(points[keep], rows[keep], loss, candidate=False)[1])
+            more = oracle.gradient(points[keep], rows[keep], loss, candidate=False)[1]
+            gradient = gradient.index_add(0, keep, more)  # not in place: it can be an expanded tensor
         return gradient / self.samples
