@@ -51,9 +51,10 @@ class ParametricThreat(Threat):
     def apply(self, x: Tensor, point: Tensor) -> Tensor:
         """Return the images (B, C, H, W) rendered from `point`; differentiable in both."""
         dark = self.bounds[0] if self.padding() == "zeros" else 0.0  # "zeros" means the darkest value
+        grid = self.grid(x, point).nan_to_num(2.0, 2.0, -2.0)  # torch crashes on NaN; `contains` refuses such points
         out = F.grid_sample(
             x - dark if dark else x,
-            self.grid(x, point).permute(0, 2, 3, 1),
+            grid.permute(0, 2, 3, 1),
             mode="bilinear",
             padding_mode=self.padding(),
             align_corners=False,
