@@ -38,7 +38,7 @@ def test_a_net_of_the_users_then_from_the_store(rbl, folder: Path) -> None:
 
 
 def test_the_figures_are_those_of_evaluate(rbl, folder: Path) -> None:
-    chosen = ("suite.attacks.random_noise=null", "suite.attacks.pgd=null", "suite.certifiers.ibp=null")
+    chosen = ("suite.attacks.random_noise=null", "suite.attacks.pgd=null", "suite.certifiers.cascade=null")
     status, _, _ = rbl("evaluate", "--multirun", *NET, *chosen, "threat.eps=0.2,40/255", "name=mine")
     assert status == 0
     from users_net import Net
@@ -144,7 +144,7 @@ def test_reasons_stand_below_the_table(rbl, folder: Path) -> None:
     for arguments in (("evaluate",), ("evaluate",), ("evaluate", "--multirun")):
         status, out, err = rbl(*arguments, *soft)
         assert status == 0, err
-        assert "IBP: n/a" in out
+        assert "Cascade(falsifier=PGD(steps=10, loss=margin)): n/a" in out
         assert "erfinv" in out
 
 
@@ -248,7 +248,7 @@ def test_one_failure_leaves_the_others(rbl, folder: Path, zoo: Path) -> None:
 
 def test_invalid_row_is_status_1(rbl, folder: Path) -> None:
     (folder / "users_liar.py").write_text(LIAR)
-    liar = ("+suite.certifiers.liar._target_=users_liar.Liar", "suite.certifiers.ibp=null", "threat.eps=0.5")
+    liar = ("+suite.certifiers.liar._target_=users_liar.Liar", "suite.certifiers.cascade=null", "threat.eps=0.5")
     for _ in range(2):
         status, out, _ = rbl("evaluate", *NET, *SMALL, *liar)
         assert status == 1
