@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from robustbench_lite.certify.alpha_crown import AlphaCROWN
 from robustbench_lite.certify.crown import least_of
+from robustbench_lite.certify.falsifier import Falsifier, falsified
 from robustbench_lite.certify.ibp import IBP
 from robustbench_lite.certify.ir import Graph
 from robustbench_lite.certify.linear_bounds import LinearBounds
 from robustbench_lite.certify.margin_certifier import Findings
 from robustbench_lite.certify.region import Region
-from robustbench_lite.core.results import AttackResult, Status
+from robustbench_lite.core.models import ABSTAIN
+from robustbench_lite.core.results import Status
 from robustbench_lite.core.rng import Streams
-from robustbench_lite.core.threats import Lp, Threat
+from robustbench_lite.core.threats import Lp
 
-__all__ = ["Cascade", "Falsifier"]
-
-
-class Falsifier(Protocol):
-    """An attack: what is called with a model, images, labels and a threat, and returns an `AttackResult`."""
-
-    def supports(self, threat: Threat) -> bool:
-        """Say whether it can attack within this threat."""
-
-    def __call__(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        goal: Tensor,
-        threat: Threat,
-        *,
-        indices: Tensor | None = ...,
-        generator: torch.Generator | None = ...,
-    ) -> AttackResult:
-        """Attack."""
+__all__ = ["Cascade"]
 
 
 @dataclass(frozen=True)
@@ -66,9 +48,10 @@ class Cascade(AlphaCROWN):
         if intervals.supports(threat):
             margins[rows] = intervals.margins(model, x[rows], threat.take(rows), label[rows], num_classes)
         rows = rows[~(margins[rows] > self.tolerance).all(dim=1)]
-        points, fallen = self._falsified(model, x, label, threat, streams, rows)
+        aim = torch.full_like(label, ABSTAIN).index_copy(0, rows, label[rows])
+        points, fallen = falsified(self.falsifier, model, x, aim, threat, streams)
         status[fallen] = int(Status.FALSIFIED)
-        rows = rows[status[rows] == int(Status.UNKNOWN)]
+        rows = rows[~fallen[rows]]
         linear = self.margins(model, x[rows], threat.take(rows), label[rows], num_classes)
         margins[rows] = torch.maximum(margins[rows], linear)
         return Findings(margins, status, points)
@@ -89,22 +72,3 @@ class Cascade(AlphaCROWN):
     def _undecided(self, lower: Tensor, C: Tensor) -> Tensor:
         own = (C != 0).any(dim=-1)
         return ((lower <= self.tolerance) & own).any(dim=1).nonzero().flatten()
-
-    def _falsified(
-        self, model: nn.Module, x: Tensor, label: Tensor, threat: Lp, streams: Streams, rows: Tensor
-    ) -> tuple[Tensor | None, Tensor]:
-        """Return the images with adversarial examples in the place of those that have one, and which these are."""
-        if self.falsifier is None or not len(rows) or not self.falsifier.supports(threat):
-            return None, rows[:0]
-        result = self.falsifier(
-            model,
-            x[rows],
-            label[rows],
-            threat.take(rows),
-            indices=torch.tensor([streams.indices[i] for i in rows.tolist()]),
-            generator=torch.Generator().manual_seed(streams.root % 2**63),
-        )
-        fallen = rows[result.success]
-        points = x.clone()
-        points[fallen] = result.x_adv[result.success]
-        return points, fallen

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_lite.certify._exact_search import Answer, decide
-from robustbench_lite.certify._falsified import falsified
 from robustbench_lite.certify._network_programme import NORMS
 from robustbench_lite.certify._questions import Question, check_has_programme, has_programme, questions
-from robustbench_lite.certify.cascade import Falsifier
+from robustbench_lite.certify.falsifier import Falsifier, falsified
 from robustbench_lite.certify.graph import graph_of, uncompiled
 from robustbench_lite.certify.inputs import input_region
 from robustbench_lite.certify.intervals import Interval

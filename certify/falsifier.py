@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
-from robustbench_lite.certify.cascade import Falsifier
+from robustbench_lite.core.results import AttackResult
 from robustbench_lite.core.rng import Streams
-from robustbench_lite.core.threats import Lp
+from robustbench_lite.core.threats import Lp, Threat
 
-__all__: list[str] = []
+__all__ = ["Falsifier"]
+
+
+class Falsifier(Protocol):
+    """An attack: what is called with a model, images, labels and a threat, and returns an `AttackResult`."""
+
+    def supports(self, threat: Threat) -> bool:
+        """Say whether it can attack within this threat."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        goal: Tensor,
+        threat: Threat,
+        *,
+        indices: Tensor | None = ...,
+        generator: torch.Generator | None = ...,
+    ) -> AttackResult:
+        """Attack."""
 
 
 def falsified(
