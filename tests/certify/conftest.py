@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -161,36 +162,262 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 
 def make(name: str, seed: int = 0) -> nn.Module:
     """A random net of this name, float64, in eval mode, with random running statistics."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch remarks once on "same" padding of an even kernel
             net = NETS[name]()
-        for module in net.modules():
-            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-                module.running_mean.normal_()
-                module.running_var.uniform_(0.3, 2.0)
-                if module.affine:
-                    nn.init.normal_(module.weight)  # negative factors too
-                    nn.init.normal_(module.bias)
+        _scramble(net)
     return net.double().eval()
 
 
-def points(x: Tensor, norm: str, eps: float, count: int, generator: torch.Generator) -> Tensor:
+class Joined(nn.Module):
+    """Several branches over one value, and a function that joins what they return."""
+
+    def __init__(self, join: Callable[..., Tensor], *branches: nn.Module) -> None:
+        super().__init__()
+        self.join, self.branches = join, nn.ModuleList(branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join(*[branch(x) for branch in self.branches])
+
+
+class Twice(nn.Module):
+    """One module, used twice."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(torch.tanh(self.module(x)))
+
+
+class Constant(nn.Module):
+    """A function of the value and of a fixed tensor that broadcasts against it."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], value: Tensor) -> None:
+        super().__init__()
+        self.function = function
+        self.register_buffer("value", value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.value)
+
+
+ACTIVATIONS: list[Callable[[], nn.Module]] = [
+    nn.ReLU,
+    nn.ReLU,
+    nn.ReLU,
+    lambda: nn.LeakyReLU(0.2),
+    lambda: nn.LeakyReLU(1.5),
+    lambda: nn.ELU(0.7),
+    lambda: nn.ELU(1.6),
+    lambda: nn.Softplus(2.0, 1.0),
+    nn.Tanh,
+    nn.Sigmoid,
+    lambda: Lambda(torch.atan),
+    nn.GELU,
+    lambda: nn.GELU(approximate="tanh"),
+    nn.SiLU,
+]
+
+
+def _conv(draw: random.Random, shape: tuple[int, ...], outputs: int | None = None) -> nn.Module:
+    groups = draw.choice([1, 1, shape[0]])
+    outputs = groups * draw.randint(1, 2) if outputs is None else outputs
+    groups = groups if outputs % groups == 0 else 1
+    mode = draw.choice(["zeros"] * 4 + ["reflect", "circular", "replicate"])
+    kernel, dilation = (draw.randint(1, 4), draw.randint(1, 4)), draw.choice([1, 1, (2, 1), 2])
+    stride, padding = (draw.randint(1, 3), draw.randint(1, 3)), (draw.randint(0, 2), draw.randint(0, 2))
+    if draw.random() < 0.2:
+        stride, padding = (1, 1), "same"
+    return nn.Conv2d(shape[0], outputs, kernel, stride, padding, dilation, groups, draw.random() < 0.7, mode)
+
+
+def _pool(draw: random.Random, linear: bool) -> nn.Module:
+    kernel, stride, ceil = (draw.randint(1, 3), draw.randint(2, 3)), draw.randint(1, 3), draw.random() < 0.5
+    padding = (kernel[0] // 2, kernel[1] // 2) if draw.random() < 0.5 else 0
+    kinds: list[Callable[[], nn.Module]] = [
+        lambda: nn.AvgPool2d(kernel, stride, padding, ceil, draw.random() < 0.5, draw.choice([None, None, 5])),
+        lambda: nn.AdaptiveAvgPool2d(draw.choice([1, (2, None), (3, 2), 5])),
+    ]
+    if not linear:
+        kinds += [lambda: nn.MaxPool2d(kernel, stride, padding, draw.randint(1, 2), ceil_mode=ceil)] * 2
+    return draw.choice(kinds)()
+
+
+def _moves(draw: random.Random, shape: tuple[int, ...]) -> nn.Module:
+    shapes = {
+        3: [(shape[0], 1, 1), (1, *shape[1:]), shape, (1, shape[0], 1, 1), (shape[-1],), ()],
+        2: [shape, (shape[-1],), (1, 1, shape[-1]), ()],
+        1: [shape, (1, *shape), ()],
+    }[len(shape)]
+    fixed = torch.randn(draw.choice(shapes))
+    away = fixed.sign() * (0.5 + fixed.abs())
+    kinds: list[nn.Module] = [
+        Constant(lambda x, c: x * c, fixed),
+        Constant(lambda x, c: c - x, fixed),
+        Constant(lambda x, c: x / c, away),
+        Constant(lambda x, c: torch.add(c, x, alpha=0.5), fixed),
+        Lambda(lambda x: x + x),
+        Lambda(lambda x: x - 0.3 * x),
+        Lambda(lambda x: -2 * x + 1),
+        nn.Dropout(0.5),
+    ]
+    if len(shape) == 3:
+        sides = tuple(draw.randint(-1, 2) for _ in range(4))
+        kinds += [
+            nn.BatchNorm2d(shape[0]),
+            nn.BatchNorm2d(shape[0], affine=False),
+            Lambda(lambda x: x.permute(0, 1, 3, 2)),
+            Lambda(lambda x: x.transpose(1, 2)),
+            Lambda(lambda x: x[:, :, ::2, 1:]),
+            Lambda(lambda x: x[:, -1:, :-1]),
+            Lambda(lambda x: x[..., 1::3]),
+            Lambda(lambda x: F.pad(x, sides, value=0.3)),
+            Lambda(lambda x: F.pad(x, (0, 1, 2, 0, 1, 0), value=-0.5)),
+            Lambda(lambda x: F.pad(x, (1, 1, 1, 0), mode="reflect")),
+            Lambda(lambda x: F.pad(x, (0, 1, 1, 0), mode="circular")),
+            Lambda(lambda x: x.flatten(2)),
+            Lambda(lambda x: x.reshape(x.shape[0], -1)),
+            Lambda(lambda x: x.mean((2, 3), keepdim=True)),
+            Lambda(lambda x: x.mean(1)),
+            nn.Linear(shape[-1], draw.randint(1, 4)),
+        ]
+    if len(shape) == 2:
+        kinds += [Lambda(lambda x: x.unsqueeze(1)), Lambda(lambda x: x[:, 0]), Lambda(lambda x: x.mean(2))]
+    if len(shape) < 3:
+        kinds += [nn.Linear(shape[-1], draw.randint(1, 6))] * 4
+    if len(shape) == 1:
+        kinds += [nn.BatchNorm1d(shape[0]), Lambda(lambda x: x[:, None, None])]
+    return draw.choice(kinds)
+
+
+def _joins(draw: random.Random, shape: tuple[int, ...], linear: bool) -> nn.Module:
+    if len(shape) != 3:
+        wide = draw.choice([lambda a, b: torch.cat([a, b], -1), lambda a, b: a - b, lambda a, b: torch.cat([b, a], 1)])
+        return Joined(wide, nn.Identity(), nn.Linear(shape[-1], shape[-1]))
+    channels, other = shape[0], nn.Identity() if linear else draw.choice(ACTIVATIONS)()
+    inner = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), other, nn.Conv2d(channels, channels, 1))
+    down = nn.Sequential(nn.Conv2d(channels, channels, 3, 2, 1), other, nn.Conv2d(channels, 2, (2, 1), 1, (1, 0)))
+    short = nn.Sequential(nn.Conv2d(channels, 2, 1, 2), nn.ZeroPad2d((0, 0, 0, 1)))
+    add, minus = (lambda a, b: a + b), (lambda a, b: torch.sub(a, b, alpha=2))
+    kinds: list[nn.Module] = [
+        Joined(add, inner, nn.Identity()),
+        Joined(minus, nn.Identity(), inner),
+        Joined(add, short, down),
+        Joined(minus, down, short),
+        Joined(lambda a, b: a + b.mean((2, 3), keepdim=True), nn.Identity(), inner),
+        Joined(lambda a, b: a - b.mean(1, keepdim=True), inner, nn.Identity()),
+        Joined(lambda a, b, c: torch.cat([a, b, c], 1), nn.Identity(), inner, _conv_like(channels)),
+        Joined(lambda a, b: torch.cat([a, b], 3), inner, nn.Identity()),
+        Joined(lambda a, b: torch.cat([a, a, b], 2), nn.Identity(), inner),
+        Joined(lambda a, b: torch.cat([a.flatten(1), b.flatten(1)], 1), inner, nn.AdaptiveAvgPool2d(2)),
+    ]
+    if not linear:
+        kinds += [Twice(_conv_like(channels)), Joined(lambda a, b: F.relu(a - b) + a, inner, nn.Identity())]
+    return draw.choice(kinds)
+
+
+def _conv_like(channels: int) -> nn.Module:
+    return nn.Conv2d(channels, channels, 3, padding=1)
+
+
+def _step(draw: random.Random, shape: tuple[int, ...], linear: bool) -> nn.Module:
+    kind = draw.random()
+    if kind < 0.3 and not linear:
+        return draw.choice(ACTIVATIONS)()
+    if kind < 0.6 and len(shape) == 3:
+        return _conv(draw, shape)
+    if kind < 0.7 and len(shape) == 3:
+        return _pool(draw, linear)
+    if kind < 0.85:
+        return _joins(draw, shape, linear)
+    return _moves(draw, shape)
+
+
+def random_net(seed: int, linear: bool = False) -> tuple[nn.Module, tuple[int, ...]]:
+    """A random net, float64 in eval mode, and the shape of its images; `linear`: an affine one."""
+    draw = random.Random(seed)
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        first = draw.choice([(1, 1, 1), (3, 1, 6), (1, 7, 5), (2, 6, 6), (2, 9, 10), (3, 4, 8), (4, 5, 5)])
+        steps: list[nn.Module] = []
+        value, wanted = torch.zeros(2, *first, dtype=torch.float64), draw.randint(3, 9)
+        for _ in range(200):
+            step = _step(draw, tuple(value.shape[1:]), linear).double().eval()
+            try:
+                after = step(value)
+            except (RuntimeError, IndexError, ValueError):  # a window larger than the map, say
+                continue
+            if not 1 <= after[0].numel() <= 600 or not after.isfinite().all():  # a pool of padding alone is -inf
+                continue
+            steps, value = [*steps, step], after
+            if len(steps) >= wanted:
+                break
+        steps.append(nn.Flatten())
+        size, classes = value[0].numel(), draw.randint(2, 4)
+        if size not in (2, 3, 4) or draw.random() < 0.5:
+            hidden = draw.randint(3, 9)
+            middle = nn.Identity() if linear else draw.choice(ACTIVATIONS)()
+            steps += [nn.Linear(size, hidden), middle, nn.Linear(hidden, classes)]
+        if draw.random() < 0.2 and not linear:
+            steps.append(draw.choice(ACTIVATIONS)())
+        net = nn.Sequential(*steps)
+        _scramble(net)
+        return net.double().eval(), first
+
+
+def _scramble(net: nn.Module) -> None:
+    """Random running statistics, and BatchNorm factors of both signs."""
+    for module in net.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.3, 2.0)
+            if module.affine:
+                nn.init.normal_(module.weight)
+                nn.init.normal_(module.bias)
+
+
+def points(
+    x: Tensor,
+    norm: str,
+    eps: float,
+    count: int,
+    generator: torch.Generator,
+    bounds: tuple[float, float] = (0.0, 1.0),
+    per: str = "pixel",
+) -> Tensor:
     """(count, C, H, W) points of the threat around one image: half on its boundary where the box allows it."""
     rows = torch.randn((count, x.numel()), dtype=torch.float64, generator=generator)
+    even = torch.arange(count)[:, None] % 2 == 0
+    if norm == "l0":
+        return _sparse(x, int(eps), rows.reshape(count, *x.shape), bounds, per, generator)
     if norm == "linf":
-        step = torch.where(torch.arange(count)[:, None] % 2 == 0, rows.sign(), rows.tanh())
+        step = torch.where(even, rows.sign(), rows.tanh())
     elif norm == "l2":
-        step = rows / rows.norm(dim=1, keepdim=True)
+        few = rows * (torch.rand(rows.shape, generator=generator, dtype=torch.float64) < 3 / rows.shape[1])
+        step = torch.where(even, rows, few)
+        step = step / step.norm(dim=1, keepdim=True).clamp_min(1e-12)
     else:
         spread = -torch.rand(rows.shape, dtype=torch.float64, generator=generator).log() * rows.sign()
         corner = torch.zeros_like(rows)
         place = torch.randint(0, x.numel(), (count, 1), generator=generator)
         corner.scatter_(1, place, rows[:, :1].sign())
-        even = torch.arange(count)[:, None] % 2 == 0
         step = torch.where(even, corner, spread / spread.abs().sum(1, keepdim=True))
-    return (x + eps * step.reshape(count, *x.shape)).clamp(0, 1)
+    return (x + eps * step.reshape(count, *x.shape)).clamp(*bounds)
+
+
+def _sparse(
+    x: Tensor, moved: int, rows: Tensor, bounds: tuple[float, float], per: str, generator: torch.Generator
+) -> Tensor:
+    low, high = bounds
+    new = torch.where(rows > 0.5, high, torch.where(rows < -0.5, low, low + (high - low) * (rows + 0.5)))
+    order = torch.rand(len(rows), *(x.shape if per == "coordinate" else (1, *x.shape[1:])), generator=generator)
+    rank = order.flatten(1).argsort(1).argsort(1).reshape(order.shape)
+    return torch.where(rank < moved, new, x)
 
 
 @pytest.fixture(params=sorted(NETS))
@@ -201,6 +428,11 @@ def net_name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def make_net() -> Callable[..., nn.Module]:
     return make
+
+
+@pytest.fixture
+def make_random_net() -> Callable[..., tuple[nn.Module, tuple[int, ...]]]:
+    return random_net
 
 
 @pytest.fixture
