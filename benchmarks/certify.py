@@ -53,7 +53,7 @@ TARGETS = {  # units an image, at batch 1 and 20
     "crown": ("60", "60"),
     "alpha_crown": ("500", ""),
 }
-MEBIBYTE = 2**20
+MEGABYTE = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _calls(net: nn.Module, x: Tensor, y: Tensor, threat: Lp) -> Iterator[tuple[s
 def scaling(options: argparse.Namespace, console: Console) -> None:
     """Measure every certifier against batch size, depth and width, from one point in the middle."""
     title = "fresh weights: convolutions at linf 0.02 (exact: perceptrons at linf 0.01; smoothing: l2 0.1, 1,100 draws)"
-    table = Table("method", "depth", "width", "batch", "ms an image", "units", "MiB", "MiB an image", title=title)
+    table = Table("method", "depth", "width", "batch", "ms an image", "units", "MB", "MB an image", title=title)
     table.add_column("verified / falsified / open")
     for cell in _cells(options.device):
         spent, units, added, counts = in_fresh_process(measured, cell)
@@ -129,7 +129,7 @@ def _cross(*choices: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 
 
 def measured(cell: Cell) -> tuple[float, float, float, str]:
-    """Return seconds and units an image, added MiB, and how many samples were verified, falsified and left open."""
+    """Return seconds and units an image, added MB, and how many samples were verified, falsified and left open."""
     torch.set_num_threads(1)
     net = seeded(cell.net, cell.depth, cell.width).to(cell.device)
     x, y = first_images("mnist", net, cell.batch, cell.device)
@@ -142,17 +142,17 @@ def measured(cell: Cell) -> tuple[float, float, float, str]:
     status = work().status
     counts = [int((status == kind).sum()) for kind in (Status.VERIFIED, Status.FALSIFIED)]
     shown = " / ".join(str(count) for count in (*counts, len(x) - sum(counts)))
-    return spent / cell.batch, units / cell.batch, added / MEBIBYTE, shown
+    return spent / cell.batch, units / cell.batch, added / MEGABYTE, shown
 
 
 def memory(options: argparse.Namespace, console: Console) -> None:
     """Measure the peak of CROWN on the small net, and on the net with 32,768-neuron layers."""
-    table = Table("net", "method", "call", "batch", "eps", "MiB added", "s", "units an image", "verified", "target")
+    table = Table("net", "method", "call", "batch", "eps", "MB added", "s", "units an image", "verified", "target")
     works = [
-        ("small", "crown", "bounds float32", 20, 0.1, "150 MB"),
-        ("small", "crown", "certifier", 20, 0.1, "150 MB"),
-        ("seven", "crown_ibp", "certifier", 32, options.seven_eps, "4 GiB in all"),
-        ("seven", "crown", "certifier", options.seven_batch, options.seven_eps, "4 GiB in all"),
+        ("small", "crown", "bounds float32", 20, 0.1, "150"),
+        ("small", "crown", "certifier", 20, 0.1, "150"),
+        ("seven", "crown_ibp", "certifier", 32, options.seven_eps, "4,295"),
+        ("seven", "crown", "certifier", options.seven_batch, options.seven_eps, "4,295"),
     ]
     for net, method, call, batch, eps, target in works:
         added, spent, units, verified = in_fresh_process(peak, net, method, call, batch, eps, options.device)
@@ -163,7 +163,7 @@ def memory(options: argparse.Namespace, console: Console) -> None:
 
 
 def peak(net: str, method: str, call: str, batch: int, eps: float, device: str) -> tuple[float, float, float, str]:
-    """Return added MiB, seconds in all, units an image, and how many were verified, of one call of one method."""
+    """Return added MB, seconds in all, units an image, and how many were verified, of one call of one method."""
     torch.set_num_threads(1)
     model = (small_net()[1] if net == "small" else seeded(seven_layers)).to(device)
     x, y = first_images("mnist" if net == "small" else "cifar10", model, batch, device)
@@ -180,7 +180,7 @@ def peak(net: str, method: str, call: str, batch: int, eps: float, device: str) 
             found.append((bounds(model, threat, method, C, x=x)[0] > 0).all(dim=1))
 
     added = added_memory(lambda: taken.append(seconds(work, device)), device)
-    return added / MEBIBYTE, taken[0], taken[0] / unit / batch, f"{int(found[0].sum())}/{batch}"
+    return added / MEGABYTE, taken[0], taken[0] / unit / batch, f"{int(found[0].sum())}/{batch}"
 
 
 def wide(options: argparse.Namespace, console: Console) -> None:
