@@ -43,6 +43,11 @@ def test_with_several_ceilings_the_curve_is_the_product_of_kaplan_and_meier():
             if death < at:
                 product *= 1 - 1 / (np.minimum(own, ceiling) >= death).sum()
         assert curve.accuracy(at) == pytest.approx(product, abs=1e-12)
+        at_risk = [(np.minimum(own, ceiling) >= d).sum() for d in own[own < ceiling] if d < at]
+        spread = sum(1 / (r * (r - 1)) for r in at_risk) ** 0.5 / np.log(product)  # Greenwood's, of log(-log)
+        low, high = curve.band(at)
+        assert low == pytest.approx(product ** np.exp(-1.959964 * spread), abs=1e-6)
+        assert high == pytest.approx(product ** np.exp(1.959964 * spread), abs=1e-6)
     assert abs(float(curve.accuracy(1.9)) - np.exp(-1.9)) < 0.1
 
 
