@@ -500,9 +500,7 @@ def test_printed_fixtures(biases, eps, clip, expected, places, method):
     """SEEDS 0.4; with one hidden layer the methods differ in the lower slopes alone."""
     x = torch.tensor([0.5, 0.2], dtype=torch.float64).reshape(1, 1, 1, 2)
     box = ((x - eps).clamp_min(0), (x + eps).clamp_max(1)) if clip else (x - eps, x + eps)
-    *_, forms = bounds(
-        two_neurons(*biases), box, method, return_linear=True
-    )  # the numbers are cut with interval bounds
+    *_, forms = bounds(two_neurons(*biases), box, method, return_linear=True)  # numbers are cut with intervals
     lower = (least_at(forms.lower_slope[:, 0], box) + forms.lower_shift).item()
     upper = (-least_at(-forms.upper_slope[:, 0], box) + forms.upper_shift).item()
     assert round(upper, places) == pytest.approx(expected[1], abs=1e-12)
