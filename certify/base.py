@@ -27,10 +27,12 @@ class Certifier(ABC):
 
     Attributes:
         kind: "deterministic", "probabilistic" or "estimate".
+        smooths: whether certificates are about the smoothed classifier around the model, and not about the model.
         version: part of the identity of stored results; raise it when the certifier's answers change.
     """
 
     kind: ClassVar[str]
+    smooths: ClassVar[bool] = False
     version: ClassVar[int] = 1
 
     @abstractmethod

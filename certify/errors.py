@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["UnsupportedOperator"]
+__all__ = ["CannotCertify", "UnsupportedOperator"]
 
 
-class UnsupportedOperator(ValueError):  # noqa: N818 - it names what was met, like the errors of torch.export
+class CannotCertify(ValueError):  # noqa: N818 - it names what was found
+    """A certifier can say nothing about a model, whatever the sample: a table prints n/a."""
+
+
+class UnsupportedOperator(CannotCertify):
     """A model uses an operator, or a form of one, that no sound rule is known for.
 
     The message names the node, the module it belongs to, and the supported operators.

@@ -26,8 +26,8 @@ class Lines:
         lower_shift: of the line below.
         upper_slope: of the line above.
         upper_shift: of the line above.
-        free: bool, where every slope between `least` and `most` makes a line through the origin below f: there
-            an optimiser may choose the lower slope of each row of bounds (`AlphaCROWN`). None: nowhere.
+        free: bool, or 1 and 0, where every slope between `least` and `most` makes a line through the origin below f:
+            there an optimiser may choose the lower slope of each row of bounds (`AlphaCROWN`). None: nowhere.
         least: smallest such slope.
         most: largest such slope.
     """
@@ -48,7 +48,9 @@ class Lines:
     def chosen(self, slope: Tensor) -> Lines:
         """Return the lines with these lower slopes where they are free."""
         assert self.free is not None
-        return replace(self, lower_slope=torch.where(self.free, slope, self.lower_slope))
+        return replace(
+            self, lower_slope=torch.lerp(self.lower_slope, slope, self.free.to(slope.dtype))
+        )  # exact at 0, 1
 
     def take(self, keep: Tensor) -> Lines:
         """Return the lines of some samples, which may repeat."""

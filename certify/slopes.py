@@ -116,7 +116,11 @@ def free_lines(net: LinearBounds) -> dict[int, Lines]:
     with torch.no_grad():
         nodes = [node for node in net.graph.nodes[: net.graph.output + 1] if node.op in LINES and node.varies]
         every = {node.index: net.lines(node) for node in nodes}
-        return {index: lines for index, lines in every.items() if lines.free is not None and bool(lines.free.any())}
+        return {
+            index: replace(lines, free=lines.free.to(lines.lower_slope.dtype))  # once, not at each step
+            for index, lines in every.items()
+            if lines.free is not None and bool(lines.free.any())
+        }
 
 
 def _valued(

@@ -63,6 +63,7 @@ class SmoothingCertifier(Certifier):
     """
 
     kind: ClassVar[str] = "probabilistic"
+    smooths: ClassVar[bool] = True
     norms: ClassVar[tuple[str, ...]]
     n0: int = 100
     n: int = 100_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 from numpy import array, int64
 
-from robustbench_lite.certify.errors import UnsupportedOperator
+from robustbench_lite.certify.errors import CannotCertify
 from robustbench_lite.evaluation.cells import Cell, block_of, sample_keys
 from robustbench_lite.evaluation.examples import Examples
 from robustbench_lite.evaluation.methods import Method
@@ -63,7 +63,7 @@ class Ledger:
         if len(missing):
             try:
                 fresh = self._compute(task, part.take(missing), block, run or task.run)
-            except UnsupportedOperator as error:
+            except CannotCertify as error:
                 self.refused[task.cell.key] = str(error)
                 return empty_records()
             stored = pa.concat_tables([stored, fresh])
@@ -116,12 +116,12 @@ def _keys(part: Samples) -> list[tuple[int, str, int]]:
 
 
 def _guarded(task: Task, batch: Samples, block: int, run: Method) -> tuple[pa.Table, Examples | None]:
-    """Run a method; name what failed where. That a certifier does not know an operator is no failure."""
+    """Run a method; name what failed where. That a certifier does not apply to a model is no failure."""
     try:
         return run(task.cell, batch)
     except Exception as error:
         cell = task.cell
-        if cell.kind == "certifier" and isinstance(error, UnsupportedOperator):
+        if cell.kind == "certifier" and isinstance(error, CannotCertify):
             raise
         raise EvaluationError(
             f"{cell.defense}: {cell.method} failed on block {block} (samples {batch.indices[0]} .. {batch.indices[-1]} "

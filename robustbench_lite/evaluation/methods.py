@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from robustbench_lite.certify.errors import CannotCertify
 from robustbench_lite.core.goals import Untargeted
 from robustbench_lite.core.results import Status
 from robustbench_lite.core.threats import Threat
@@ -98,6 +99,11 @@ def certifier_method(subject: Subject, certifier: Certifier, threat: Threat) -> 
     """Return the method that certifies. A proof of a wrong prediction, and an estimate, are never `certified`."""
 
     def run(cell: Cell, part: Samples) -> Outcome:
+        if certifier.smooths:
+            raise CannotCertify(
+                f"{cell.method} certifies the smoothed classifier around a net; {cell.defense} answers without noise: "
+                "call the certifier directly, or evaluate a defense that answers by the vote"
+            )
         x, y, start = subject.images(part.x), part.y.to(subject.device), time.perf_counter()
         with subject.seeded(cell.seed):
             found = certifier(

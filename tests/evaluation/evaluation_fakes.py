@@ -104,6 +104,7 @@ class Exact:
     """The true radius of `Linear()`, times `factor`: above 1 it lies."""
 
     version: ClassVar[int] = 1
+    smooths: ClassVar[bool] = False
     factor: float = 1.0
     kind: str = "deterministic"
     alpha: float = 0.0

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from robustbench_lite.attacks import PGD, RandomNoise
 from robustbench_lite.attacks.base import Attack
-from robustbench_lite.certify import IBP
+from robustbench_lite.certify import IBP, RandomizedSmoothing
 from robustbench_lite.core.models import ABSTAIN
 from robustbench_lite.core.spatial import RotationTranslation
 from robustbench_lite.core.threats import Lp
@@ -440,3 +440,10 @@ def test_flags_of_an_earlier_slice_stay(tmp_path: Path) -> None:
 def test_refusals_say_why(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         evaluate(**arguments)
+
+
+def test_smoothing_says_nothing_about_a_net_without_noise() -> None:
+    report = evaluate(Linear(), two_blocks(20), Lp("l2", 0.1), certifiers=[RandomizedSmoothing(0.5, n0=10, n=100)])
+    assert report.records["kind"].unique().tolist() == ["clean"]
+    (found,) = report.not_applicable
+    assert "RandomizedSmoothing" in found.method and "smoothed classifier" in found.reason
