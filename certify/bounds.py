@@ -102,7 +102,7 @@ def bounds(
             have none; the numbers may be tighter, for they are never worse than interval bounds over the same boxes.
         x: the images of a threat.
         memory_budget: bytes that the coefficients of linear bounds may take at a time (more where gradients are kept);
-            None: 128 MiB on a CPU, 2 GiB elsewhere.
+            None: 64 MiB on a CPU, 2 GiB elsewhere.
 
     Raises:
         TypeError: the model is no nn.Module, or the input no floating-point tensor.

@@ -26,7 +26,7 @@ class LinearCertifier(MarginCertifier):
     """The common part of certifiers that use linear bounds.
 
     Attributes:
-        memory_budget: bytes that the coefficients of linear bounds may take at a time; None: 128 MiB on a CPU, 2 GiB
+        memory_budget: bytes that the coefficients of linear bounds may take at a time; None: 64 MiB on a CPU, 2 GiB
             elsewhere. It changes no answer.
     """
 

@@ -27,7 +27,7 @@ __all__ = ["LinearBounds"]
 
 Side: TypeAlias = tuple[int, int]
 
-CPU_BUDGET, GPU_BUDGET = 2**27, 2**31  # bytes; larger chunks are no faster on two cores
+CPU_BUDGET, GPU_BUDGET = 2**26, 2**31  # bytes; larger chunks are no faster on two cores
 FIRST_CHUNK = 256  # rows of the first walk, which is watched: before it nothing is known about its memory
 ROUNDING = 64  # units of rounding of a box's larger end, by which linear bounds of hidden neurons are widened
 TEMPORARIES = 8  # tensors as large as the largest coefficients that a walk holds at a time
@@ -45,7 +45,7 @@ class LinearBounds:
         C: specification (S, K) or (B, S, K) of the interval bounds `final`; None: the logits.
         tighten: whether the boxes of activations' inputs come from linear bounds of their own (CROWN), each cut with
             its interval bounds and used by all that follow; otherwise from interval bounds (CROWN-IBP).
-        memory_budget: bytes that coefficients may take at a time; None: 128 MiB on a CPU, 2 GiB elsewhere.
+        memory_budget: bytes that coefficients may take at a time; None: 64 MiB on a CPU, 2 GiB elsewhere.
         slopes: for the walks from one side of one box, lower slopes (B, ...) by position of the activation.
         known: other bounds of the same graph and region, whose boxes these are cut with.
 
@@ -117,6 +117,14 @@ class LinearBounds:
             assert isinstance(box, Interval)
             self._lines[node.index] = LINES[node.op](node, box)
         return self._lines[node.index]
+
+    def undecided(self) -> Tensor:
+        """Return the number (B,) of hidden neurons in each sample whose boxes walks of their own can tighten."""
+        count = torch.zeros_like(self.region.lower[:, 0, 0, 0], dtype=torch.int64)
+        for index, value in enumerate(self.values):
+            if isinstance(value, Interval) and not isinstance(value, _Outline) and index not in self._tight:
+                count = count + self._wanted(self.graph.nodes[index], value).flatten(1).sum(1)
+        return count
 
     # The walk.
 

@@ -234,11 +234,11 @@ def _channels_last(t: Tensor) -> bool:
 def _gathered(t: Tensor, index: Tensor, on: Tensor) -> Tensor:
     """Return pixels (N, C, h, w) of maps `t` (B, C, H, W): those at flat positions b H W + y W + x, 0 where not `on`.
 
-    Channels are put last, so that each pixel is one contiguous read.
+    Channels are put last, so that each pixel is one contiguous read, and a pixel of zeros stands for all that is off.
     """
-    pixels = t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
-    found = pixels.index_select(0, index.masked_fill(~on, 0).flatten()).reshape(*index.shape, -1)
-    return (found * on.unsqueeze(-1)).permute(0, 3, 1, 2)
+    pixels = F.pad(t.permute(0, 2, 3, 1).reshape(-1, t.shape[1]), (0, 0, 0, 1))
+    found = pixels.index_select(0, torch.where(on, index, len(pixels) - 1).flatten())
+    return found.reshape(*index.shape, -1).permute(0, 3, 1, 2)
 
 
 def _ends(rows: Patch) -> list[int]:
