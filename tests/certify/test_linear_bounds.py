@@ -181,15 +181,15 @@ def test_hidden_boxes_after_affine_layers_are_exact(seed, make_random_net):
     graph = graph_of(whole, x)
     eps = torch.tensor([0.1, 0.4], dtype=torch.float64)
     around = eps.reshape(2, 1, 1, 1)
-    region = Region(x - around, x + around, "l1", x, eps)
-    with torch.no_grad():
-        boxes = LinearBounds(graph, whole, region).values
     (relu,) = (node for node in graph.nodes if node.op == "relu")
-    found = boxes[relu.inputs[0]]
-    radius = eps.unsqueeze(1) * matrix.abs().amax(1)
     scale = float(1 + matrix.abs().sum(1).max())
-    torch.testing.assert_close(found.lower.flatten(1), -radius, rtol=0, atol=1e-10 * scale)
-    torch.testing.assert_close(found.upper.flatten(1), radius, rtol=0, atol=1e-10 * scale)
+    for norm, size in (("l1", matrix.abs().amax(1)), ("linf", matrix.abs().sum(1))):
+        ball = (x, eps) if norm == "l1" else (None, None)
+        with torch.no_grad():
+            found = LinearBounds(graph, whole, Region(x - around, x + around, norm, *ball)).values[relu.inputs[0]]
+        radius = eps.unsqueeze(1) * size
+        torch.testing.assert_close(found.lower.flatten(1), -radius, rtol=0, atol=1e-10 * scale)
+        torch.testing.assert_close(found.upper.flatten(1), radius, rtol=0, atol=1e-10 * scale)
 
 
 CONVS: dict[str, Callable[[], nn.Module]] = {
