@@ -117,7 +117,7 @@ def check_random_net(seed: int, make_random_net: Callable, points: Callable[...,
     check_sound(net, x, threat, C, points, seed)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(30))
 def test_no_point_beats_a_bound(seed, make_random_net, threat_points):
     check_random_net(seed, make_random_net, threat_points)
 
@@ -134,11 +134,20 @@ def test_no_point_beats_a_bound_of_500_nets(block, make_random_net, threat_point
     assert not failed
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2", "l1", "l0"])
-def test_no_point_beats_a_bound_of_each_kind(net_name, norm, make_net, threat_points, images):
+def check_kind(net: nn.Module, norm: str, images: Tensor, points: Callable[..., Tensor]) -> None:
     eps = {"linf": [0.02, 0.3], "l2": [0.1, 1.5], "l1": [0.3, 5.0], "l0": [1.0, 4.0]}[norm]
-    threat = Lp(norm, torch.tensor(eps, dtype=torch.float64))
-    check_sound(make_net(net_name), images[:2], threat, DIFFERENCES, threat_points, seed=1)
+    check_sound(net, images[:2], Lp(norm, torch.tensor(eps, dtype=torch.float64)), DIFFERENCES, points, seed=1)
+
+
+def test_no_point_beats_a_bound_of_each_kind(net_name, make_net, threat_points, images):
+    norm = ("linf", "l2", "l1", "l0")[len(net_name) % 4]  # one of them
+    check_kind(make_net(net_name), norm, images, threat_points)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1", "l0"])
+def test_no_point_beats_a_bound_of_each_kind_in_any_norm(net_name, norm, make_net, threat_points, images):
+    check_kind(make_net(net_name), norm, images, threat_points)
 
 
 # Affine operators: nothing may be lost.
@@ -153,7 +162,7 @@ def matrix_of(net: nn.Module, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return rows.T, offset[0]
 
 
-@pytest.mark.parametrize("seed", range(2000, 2100))
+@pytest.mark.parametrize("seed", range(2000, 2060))
 def test_rows_over_an_affine_net_are_its_matrix(seed, make_random_net):
     net, shape = make_random_net(seed, linear=True)
     matrix, offset = matrix_of(net, shape)
@@ -166,7 +175,7 @@ def test_rows_over_an_affine_net_are_its_matrix(seed, make_random_net):
         torch.testing.assert_close(shift, C @ offset, rtol=0, atol=1e-11 * scale)
 
 
-@pytest.mark.parametrize("seed", range(2100, 2200))
+@pytest.mark.parametrize("seed", range(2100, 2160))
 def test_hidden_boxes_after_affine_layers_are_exact(seed, make_random_net):
     """Single neurons walk back through every operator, as one-hot rows and as patches."""
     net, shape = make_random_net(seed, linear=True)
@@ -188,8 +197,8 @@ def test_hidden_boxes_after_affine_layers_are_exact(seed, make_random_net):
         with torch.no_grad():
             found = LinearBounds(graph, whole, Region(x - around, x + around, norm, *ball)).values[relu.inputs[0]]
         radius = eps.unsqueeze(1) * size
-        torch.testing.assert_close(found.lower.flatten(1), -radius, rtol=0, atol=1e-10 * scale)
-        torch.testing.assert_close(found.upper.flatten(1), radius, rtol=0, atol=1e-10 * scale)
+        torch.testing.assert_close(found.lower.flatten(1), -radius, rtol=0, atol=1e-9 * scale)
+        torch.testing.assert_close(found.upper.flatten(1), radius, rtol=0, atol=1e-9 * scale)
 
 
 CONVS: dict[str, Callable[[], nn.Module]] = {
@@ -429,9 +438,15 @@ def test_crown_equals_a_dense_computation(seed, method, eps):
 # What changes nothing.
 
 
-def nets_and_images(make_random_net: Callable, seed: int) -> tuple[nn.Module, Tensor]:
-    net, shape = make_random_net(seed)
-    return net, torch.rand(5, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def small_net(seed: int, make_random_net: Callable) -> tuple[nn.Module, Tensor]:
+    """A random net of few neurons, for walks with few rows at a time, and four images."""
+    for again in itertools.count(1000 * seed):
+        net, shape = make_random_net(again)
+        x = torch.rand(4, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        nodes = [node for node in graph_of(net, x).nodes if node.varies]
+        if len(nodes) > 7 and 60 < sum(math.prod(node.shape) for node in nodes) < 400:
+            break
+    return net, x
 
 
 @pytest.mark.parametrize("method", METHODS[1:])
@@ -444,18 +459,19 @@ def test_at_eps_zero_bounds_are_the_logits(net_name, method, make_net, images):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seed", range(3000, 3006))
+@pytest.mark.parametrize("seed", [3, 5])
 def test_batch_order_and_chunks_change_nothing(seed, kind, make_random_net, monkeypatch):
-    net, x = nets_and_images(make_random_net, seed)
-    eps = torch.tensor([0.0, 0.01, 0.1, 0.3, 1.0], dtype=torch.float64)
-    eps, norm, per = (eps * 3).ceil() if kind[0] == "l0" else eps, *kind
-    C = torch.randn(5, 2, graph_of(net, x).num_classes, dtype=torch.float64)
-    turn = torch.tensor([3, 0, 4, 2, 1])
+    net, x = small_net(seed, make_random_net)
+    eps = torch.tensor([0.0, 0.01, 0.1, 0.4], dtype=torch.float64)
+    eps, norm, per = (eps * 7).ceil().clamp_max(x[0, 0].numel()) if kind[0] == "l0" else eps, *kind
+    C = torch.randn(4, 2, graph_of(net, x).num_classes, dtype=torch.float64)
+    turn = torch.tensor([3, 0, 2, 1])
     with torch.no_grad():
         for method in METHODS[1:]:
             whole = bounds(net, Lp(norm, eps, per=per), method, C, x=x)
+            each = [slice(i, i + 1) for i in range(4)]
             turned = bounds(net, Lp(norm, eps[turn], per=per), method, C[turn], x=x[turn])
-            single = [bounds(net, Lp(norm, eps[i], per=per), method, C[i], x=x[i]) for i in eye_rows(5)]
+            single = [bounds(net, Lp(norm, eps[i], per=per), method, C[i], x=x[i]) for i in each]
             with monkeypatch.context() as patch:
                 patch.setattr("robustbench_lite.certify.linear_bounds.FIRST_CHUNK", 3)
                 tiny = bounds(net, Lp(norm, eps, per=per), method, C, x=x, memory_budget=1)
@@ -465,10 +481,6 @@ def test_batch_order_and_chunks_change_nothing(seed, kind, make_random_net, monk
                 torch.testing.assert_close(turned[side], whole[side][turn], **near)
                 torch.testing.assert_close(torch.cat([pair[side] for pair in single]), whole[side], **near)
                 torch.testing.assert_close(tiny[side], whole[side], **near)
-
-
-def eye_rows(count: int) -> list[slice]:
-    return [slice(i, i + 1) for i in range(count)]
 
 
 # Printed fixtures.
