@@ -79,6 +79,11 @@ class ShrinkingNES(Attack):
 
     @property
     @abstractmethod
+    def draws_in_losses(self) -> bool:
+        """Whether `losses` draws from the stream of the directions, which are then asked block by block."""
+
+    @property
+    @abstractmethod
     def floor(self) -> float:
         """The default of `min_lr`, as a share of eps."""
 
@@ -174,7 +179,7 @@ class ShrinkingNES(Attack):
         weighted, plain = (points.new_zeros(len(rows), size, dtype=torch.float64) for _ in range(2))
         total, count = (torch.zeros(len(rows), 1, dtype=torch.float64, device=points.device) for _ in range(2))
         drawn = estimator.directions(points, streams)
-        at_once = max(1, oracle.capacity // (2 * BLOCK * len(rows))) if self.probe_cost == 1 else 1
+        at_once = 1 if self.draws_in_losses else max(1, oracle.capacity // (2 * BLOCK * len(rows)))
         while block := list(islice(drawn, at_once)):
             half = torch.cat(block, dim=1)
             directions = torch.cat([half, -half], dim=1)

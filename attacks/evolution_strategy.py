@@ -27,6 +27,7 @@ from robustbench_lite.attacks.basis import DCT, Basis
 from robustbench_lite.attacks.strategies import RankNES, Strategy
 from robustbench_lite.core.goals import Goal
 from robustbench_lite.core.losses import Loss, loss_named, margin
+from robustbench_lite.core.models import labels_of
 from robustbench_lite.core.oracle import Access, Oracle
 from robustbench_lite.core.rng import Streams
 from robustbench_lite.core.threats import Lp, Threat
@@ -125,8 +126,11 @@ class EvolutionStrategy(Attack):
             owners = rows.repeat_interleave(block.shape[1])
             logits = oracle.scores(self._points(x, threat, rows, block), owners, loss, candidate=False).double()
             values.append(loss(logits, oracle.goal.take(owners)).reshape(len(rows), -1))
-            margins.append(margin(logits, oracle.goal.take(owners)).reshape(len(rows), -1))
-        best = torch.cat(margins, dim=1).nan_to_num(nan=-torch.inf).argmax(dim=1).reshape(-1, 1, 1)
+            goal = oracle.goal.take(owners)
+            lead = margin(logits, goal).nan_to_num(nan=-torch.inf)
+            lead = lead.masked_fill(goal.achieved(labels_of(logits)), torch.inf)  # an answer that is none has no margin
+            margins.append(lead.reshape(len(rows), -1))
+        best = torch.cat(margins, dim=1).argmax(dim=1).reshape(-1, 1, 1)
         champion = members.gather(1, best.expand(-1, 1, members.shape[2]))
         oracle.scores(self._points(x, threat, rows, champion), rows, loss)
         return torch.cat(values, dim=1).reshape(len(rows), count)

@@ -133,6 +133,8 @@ class FABT(Attack):
             stepped = stepped & ~back
             keep = oracle.still(rows, oracle.gradient_cost)
             rows, points, left, stepped, likely = (v[keep] for v in (rows, points, left, stepped, likely))
+            if len(rows) == 0:
+                return
             x = oracle.x[rows]
             value, gradient = oracle.gradient(points, rows, loss, aim.take(rows))
             hit = oracle.verdict & stepped

@@ -76,6 +76,11 @@ class NESLabelOnly(ShrinkingNES):
         return 0.002
 
     @property
+    def draws_in_losses(self) -> bool:
+        """Yes: the noise of each draw."""
+        return True
+
+    @property
     def probe_cost(self) -> int:
         """One forward pass for each draw."""
         return self.m

@@ -62,6 +62,11 @@ class NESPartialInformation(ShrinkingNES):
         return 0.02
 
     @property
+    def draws_in_losses(self) -> bool:
+        """No: scores need no noise."""
+        return False
+
+    @property
     def probe_cost(self) -> int:
         """One forward pass."""
         return 1

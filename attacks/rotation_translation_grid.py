@@ -130,7 +130,7 @@ def _worst(oracle: Oracle, rows: Tensor, points: Tensor) -> Tensor:
         again = rows[part].repeat_interleave(count)
         logits = oracle.scores(points[part].flatten(0, 1), again, candidate=False)
         goal = oracle.goal.take(again)
-        loss = cross_entropy(logits, goal).double().nan_to_num(nan=-torch.inf).reshape(-1, count)
+        loss = cross_entropy(logits, goal).double().nan_to_num(nan=torch.finfo(torch.float64).min).reshape(-1, count)
         success = goal.achieved(labels_of(logits)).reshape(-1, count)
         worst.append(loss.masked_fill(~success & success.any(dim=1, keepdim=True), -torch.inf).argmax(dim=1))
     return points[torch.arange(len(rows), device=rows.device), torch.cat(worst)]

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from robustbench_lite.certify._affine import Affine
 from robustbench_lite.certify._milp import Solution
 from robustbench_lite.certify._network_programme import cut, given, tightened
 from robustbench_lite.certify._questions import Built, Question
@@ -91,7 +90,7 @@ def decide(
     first = cut(question.known, 0)
     for bounds in (first, tightened(first, clock.left)):
         built = question.programme(bounds)
-        if not _finite(built.values):
+        if not _usable(built):
             return Answer(np.full(len(question.C), np.nan))
         answer.lower = np.maximum(answer.lower, built.programme.range(built.values)[0])
         for s in open_rows():
@@ -122,7 +121,7 @@ def minima(question: Question, value: Callable[[Tensor], Floats], seconds: float
     clock = Clock(seconds)
     built = question.programme(tightened(given({}, 0), clock.left))
     upper = value(question.x)
-    if not _finite(built.values):
+    if not _usable(built):
         return np.full_like(upper, np.nan), np.full_like(upper, np.nan)
     lower = built.programme.range(built.values)[0]
     for s in np.flatnonzero(question.C.any(axis=1)).tolist():  # a row of zeros is 0 by its interval bounds
@@ -138,5 +137,6 @@ def minima(question: Question, value: Callable[[Tensor], Floats], seconds: float
     return np.minimum(lower, upper), upper
 
 
-def _finite(value: Affine) -> bool:
-    return bool(np.isfinite(value.matrix.data).all() and np.isfinite(value.offset).all())
+def _usable(built: Built) -> bool:
+    value, finite = built.values, np.isfinite
+    return bool(finite(value.matrix.data).all() and finite(value.offset).all()) and built.programme.is_reliable

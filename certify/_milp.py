@@ -33,6 +33,7 @@ FEASIBILITY = 2e-8  # of rows and integrality; at 1e-8 HiGHS has to mend points,
 DUAL = 2e-9  # HiGHS takes a tenth of FEASIBILITY in mixed-integer programmes
 GAP = 1e-8  # absolute gap at which HiGHS calls an incumbent optimal
 SMALL = 1e-9
+LARGEST = 1e6  # false answers were seen from values of 1e10 on, none at 1e8
 OPTIMAL, LIMIT, INFEASIBLE = 0, 1, 2  # the statuses of scipy.optimize.milp
 
 
@@ -93,6 +94,11 @@ class Programme:
         lower = -value.offset - slack if equal else np.full(len(slack), -np.inf)
         self._rows.append((matrix, lower, slack - value.offset))
 
+    @property
+    def is_reliable(self) -> bool:
+        """Whether all values suit HiGHS's absolute tolerances: with larger ones it calls sound rows infeasible."""
+        return bool(max(np.abs(self.lower).max(initial=0.0), np.abs(self.upper).max(initial=0.0)) <= LARGEST)
+
     def range(self, value: Affine) -> tuple[Floats, Floats]:
         """Return bounds of each entry by the bounds of the variables alone."""
         columns = value.matrix.shape[1]
@@ -134,7 +140,7 @@ class Programme:
         shift, bounds = float(value.offset[0]), []
         if found.status == OPTIMAL:
             bounds.append(found.fun + shift - GAP - gap * abs(found.fun))
-        if found.status == INFEASIBLE:
+        if found.status == INFEASIBLE and ceiling < math.inf:  # without one, the programme contradicts itself
             bounds.append(ceiling)
         if found.mip_dual_bound is not None:
             bounds.append(found.mip_dual_bound + shift)

@@ -54,7 +54,7 @@ class AlphaCROWN(LinearCertifier):
         ascent = Ascent(self.steps, self.step_size, target=self.tolerance)
         best = lower.flatten().clone()
         best[keep] = torch.maximum(best[keep], ascent.best(net, rows.take(keep)))
-        if self.joint:
-            keep = keep[best[keep] <= self.tolerance]
+        keep = keep[best[keep] <= self.tolerance]
+        if self.joint and len(keep):
             best[keep] = torch.maximum(best[keep], ascend_jointly(ascent, net, rows.take(keep)))
         return best.reshape(lower.shape)

@@ -42,7 +42,8 @@ class Exact(MarginCertifier):
     - FALSIFIED: the falsifier's or the solver's point, moved into the threat, is given another label by the model's own
       forward; it is `counterexample` (which holds the clean image at all other samples).
     - TIMEOUT: the time limit came first. What it leaves open depends on the machine; what is decided does not.
-    - UNKNOWN: a margin of 0 up to the tolerances.
+    - UNKNOWN: a margin of 0 up to the tolerances, which grow with the widths of the layers' boxes; or activations above
+      1e6, which the solver's tolerances do not suit.
 
     `margins` are lower bounds, not minima: where the search itself proved one it stopped just above `tolerance`
     (`exact_margins` returns minima).
@@ -104,9 +105,12 @@ class Exact(MarginCertifier):
         unit = torch.eye(num_classes, dtype=torch.float64)
         C = unit[label[rows].cpu()].unsqueeze(1) - unit
         for row, question in zip(rows.tolist(), questions(model, x[rows], threat.take(rows), C), strict=True):
+            if fallen[row] and not self.every_margin:
+                margins[row, label[row]] = math.inf
+                continue
             shown = partial(_counterexample, model, x[row : row + 1], question.threat)
             answer = self._answer(model, question, shown, points[row : row + 1] if fallen[row] else None)
-            margins[row] = torch.from_numpy(answer.lower).nan_to_num(nan=-math.inf)
+            margins[row] = torch.from_numpy(answer.lower).nan_to_num(-math.inf, math.inf, -math.inf)
             if answer.counterexample is not None:
                 status[row], points[row] = int(Status.FALSIFIED), answer.counterexample[0]
                 margins[row] = _conceded(margins[row], int(predict(model, answer.counterexample)))

@@ -104,7 +104,7 @@ class MarginCertifier(Certifier):
             unit = torch.eye(num_classes, dtype=torch.float64, device=x.device)
             chosen = unit[label[rows]]
             found = self.lower_margins(model, x[rows].double(), threat.take(rows), chosen.unsqueeze(1) - unit)
-            margins[rows] = torch.where(chosen.bool(), torch.inf, found.nan_to_num(nan=-torch.inf))
+            margins[rows] = torch.where(chosen.bool(), torch.inf, found.nan_to_num(-torch.inf, torch.inf, -torch.inf))
         return margins
 
     def _certificate(

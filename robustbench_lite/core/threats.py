@@ -270,7 +270,8 @@ class Lp(Threat):
         if sure is not None:
             return sure
         rows = point.flatten(1)
-        inside = (rows.amin(dim=1) >= self.bounds[0] - TOLERANCE) & (rows.amax(dim=1) <= self.bounds[1] + TOLERANCE)
+        least, most = rows.amin(dim=1).double(), rows.amax(dim=1).double()
+        inside = (least >= self.bounds[0] - TOLERANCE) & (most <= self.bounds[1] + TOLERANCE)
         if self.eps is None:
             return inside
         eps = self.radius(x.double()).reshape(-1)

@@ -224,3 +224,10 @@ def test_single_precision_stays_near_double():
     for method, expected in double.items():
         for ours, theirs in zip(bounds(net, Lp("linf", 0.1), method, C, x=x.float()), expected, strict=True):
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_joint_ascent_of_margins_that_are_all_proven():
+    net = relu_net(0, 4, 6, 3)
+    x = torch.rand(3, 1, 2, 2, dtype=torch.float64)
+    certificate = AlphaCROWN(joint=True, steps=2)(net, x, net(x).argmax(1), Lp("linf", 1e-6))
+    assert certificate.certified.all()
