@@ -12,6 +12,7 @@ import pytest
 import torch
 from scipy.optimize import linprog, minimize
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from robustbench_lite.certify import bounds, graph_of
 from robustbench_lite.certify.linear_bounds import LinearBounds
@@ -175,23 +176,18 @@ def test_rows_over_an_affine_net_are_its_matrix(seed, make_random_net):
         torch.testing.assert_close(shift, C @ offset, rtol=0, atol=1e-11 * scale)
 
 
-@pytest.mark.parametrize("seed", range(2100, 2160))
-def test_hidden_boxes_after_affine_layers_are_exact(seed, make_random_net):
-    """Single neurons walk back through every operator, as one-hot rows and as patches."""
-    net, shape = make_random_net(seed, linear=True)
-    flatten = next(i for i, layer in enumerate(net) if isinstance(layer, nn.Flatten))
-    body = net[:flatten]
+def check_hidden_boxes(body: nn.Module, shape: tuple[int, ...]) -> None:
+    """Put a ReLU behind an affine net, shifted so that all its neurons are undecided; its boxes must be exact."""
     matrix, offset = matrix_of(body, shape)
     centre = matrix @ torch.full((math.prod(shape),), 0.5, dtype=torch.float64)
-    bias = (-centre - offset).reshape(body(torch.zeros(1, *shape, dtype=torch.float64)).shape)  # undecided everywhere
+    bias = (-centre - offset).reshape(body(torch.zeros(1, *shape, dtype=torch.float64)).shape)
     Shift = type("Shift", (nn.Module,), {"forward": lambda self, x: x + bias})
-    whole = nn.Sequential(*body, Shift(), nn.ReLU(), nn.Flatten(), nn.Linear(len(offset), 2)).double()
+    whole = nn.Sequential(body, Shift(), nn.ReLU(), nn.Flatten(), nn.Linear(len(offset), 2)).double()
     x = torch.full((2, *shape), 0.5, dtype=torch.float64)
     graph = graph_of(whole, x)
-    eps = torch.tensor([0.1, 0.4], dtype=torch.float64)
-    around = eps.reshape(2, 1, 1, 1)
     (relu,) = (node for node in graph.nodes if node.op == "relu")
-    scale = float(1 + matrix.abs().sum(1).max())
+    eps = torch.tensor([0.1, 0.4], dtype=torch.float64)
+    around, scale = eps.reshape(2, 1, 1, 1), float(1 + matrix.abs().sum(1).max())
     for norm, size in (("l1", matrix.abs().amax(1)), ("linf", matrix.abs().sum(1))):
         ball = (x, eps) if norm == "l1" else (None, None)
         with torch.no_grad():
@@ -199,6 +195,31 @@ def test_hidden_boxes_after_affine_layers_are_exact(seed, make_random_net):
         radius = eps.unsqueeze(1) * size
         torch.testing.assert_close(found.lower.flatten(1), -radius, rtol=0, atol=1e-9 * scale)
         torch.testing.assert_close(found.upper.flatten(1), radius, rtol=0, atol=1e-9 * scale)
+
+
+@pytest.mark.parametrize("seed", range(2100, 2160))
+def test_hidden_boxes_after_affine_layers_are_exact(seed, make_random_net):
+    """Single neurons walk back through every operator, as one-hot rows and as patches."""
+    net, shape = make_random_net(seed, linear=True)
+    check_hidden_boxes(net[: next(i for i, layer in enumerate(net) if isinstance(layer, nn.Flatten))], shape)
+
+
+COPIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "reflect": lambda x: F.pad(x, (1, 1, 1, 1), "reflect"),
+    "circular": lambda x: F.pad(x, (1, 1, 1, 1), "circular"),
+    "replicate": lambda x: F.pad(x, (1, 1, 1, 1), "replicate"),
+    "cat": lambda x: torch.cat([x, x[:, :, :, ::2]], 3),
+    "broadcast": lambda x: x[:, :, :1] + torch.ones(1, 1, 4, 1, dtype=x.dtype),
+    "twice": lambda x: x - 0.5 * x,
+}
+
+
+@pytest.mark.parametrize("name", sorted(COPIES))
+def test_copies_of_inputs_are_no_inputs_of_their_own(name, kinds):
+    """Interval bounds behind an affine layer take copies for free inputs: rows must go on to the input."""
+    torch.manual_seed(0)
+    body = nn.Sequential(kinds["Lambda"](COPIES[name]), nn.Conv2d(2, 3, 3, padding=1)).double()
+    check_hidden_boxes(body, (2, 5, 4))
 
 
 CONVS: dict[str, Callable[[], nn.Module]] = {

@@ -139,7 +139,7 @@ def test_linear_bounds_of_a_residual_net_hold_and_meet_its_logits(shared_data, t
 @pytest.mark.slow
 @pytest.mark.parametrize(("eps", "share", "attacked"), [(1 / 255, 0.5716, 0.6224), (2 / 255, 0.2688, 0.5482)])
 def test_crown_on_a_residual_net_meets_its_published_share(shared_data, eps, share, attacked):
-    count = 200
+    count = 100
     net = resnet_2b(shared_data)
     x, y = cifar(shared_data, count)
     found = CROWN()(net, x, y, Lp("linf", eps), batch_size=20)
