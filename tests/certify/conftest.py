@@ -448,4 +448,4 @@ def images() -> Tensor:
 @pytest.fixture
 def kinds() -> dict[str, Any]:
     """The classes of the nets, for tests that build their own."""
-    return {"ResNet": ResNet, "Normalized": Normalized, "Block": Block, "Lambda": Lambda}
+    return {"ResNet": ResNet, "Normalized": Normalized, "Block": Block, "Lambda": Lambda, "Joined": Joined}

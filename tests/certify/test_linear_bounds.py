@@ -222,6 +222,14 @@ def test_copies_of_inputs_are_no_inputs_of_their_own(name, kinds):
     check_hidden_boxes(body, (2, 5, 4))
 
 
+def test_branches_of_different_strides_meet(kinds):
+    """Their windows start alike and move apart: patches that may not be added as such."""
+    torch.manual_seed(0)
+    branches = nn.Conv2d(2, 2, 3, 2, 1), nn.Conv2d(2, 2, (6, 5)), nn.AvgPool2d((3, 2), 2, (1, 0))
+    body = nn.Sequential(nn.Conv2d(1, 2, 2), kinds["Joined"](lambda a, b, c: a - b + c, *branches)).double()
+    check_hidden_boxes(body, (1, 11, 9))
+
+
 CONVS: dict[str, Callable[[], nn.Module]] = {
     "resnet": lambda: nn.Sequential(nn.Conv2d(2, 3, 3, 1, 1), nn.ReLU(), nn.Conv2d(3, 2, 3, 2, 1), nn.ReLU()),
     "dilated": lambda: nn.Sequential(nn.Conv2d(2, 4, 3, 2, 1, 2), nn.Tanh(), nn.Conv2d(4, 2, (1, 3), 1, (0, 2), 2, 2)),
