@@ -162,37 +162,33 @@ def transposed_conv2d(rows: Rows, weight: Tensor, shape: tuple[int, ...], fixed:
         rows = rows.patch()
     stride, padding, dilation, groups = (fixed[name] for name in ("stride", "padding", "dilation", "groups"))
     if isinstance(rows, Patch):
-        values = _spread(rows.values, weight, stride, (0, 0), dilation, groups)
+        values = _spread(rows.values, weight, stride, dilation, groups)
         return _moved(rows, values, shape, fixed).trimmed()
-    reached = [
-        (size - 1) * s - 2 * p + d * (k - 1) + 1
-        for size, s, p, d, k in zip(rows.shape[1:], stride, padding, dilation, weight.shape[-2:], strict=True)
-    ]
-    rest = [size - end for size, end in zip(shape[1:], reached, strict=True)]
-    # A remainder that no window reaches may be as large as the stride, which conv_transpose2d refuses: pad by hand.
-    values = _spread(rows.dense().values, weight, stride, padding, dilation, groups)
-    return Dense(F.pad(values, (0, rest[1], 0, rest[0])) if any(rest) else values, rows.owner, shape)
+    values = _spread(rows.dense().values, weight, stride, dilation, groups)  # over the padded input
+    top, left = padding
+    below, beyond = shape[1] + top - values.shape[2], shape[2] + left - values.shape[3]
+    return Dense(F.pad(values, (-left, beyond, -top, below)), rows.owner, shape)
 
 
-def _spread(a: Tensor, weight: Tensor, stride: _Pair, padding: _Pair, dilation: _Pair, groups: int) -> Tensor:
+def _spread(a: Tensor, weight: Tensor, stride: _Pair, dilation: _Pair, groups: int) -> Tensor:
     """Return the transposed convolution of `a`, (N, O, h, w), by what is fastest: they differ up to sixfold."""
     if a.device.type != "cpu":
-        return F.conv_transpose2d(a, weight, None, stride, padding, 0, groups, dilation)
+        return F.conv_transpose2d(a, weight, None, stride, 0, 0, groups, dilation)
     height, width = (
-        (n - 1) * s - 2 * p + d * (k - 1) + 1
-        for n, s, p, d, k in zip(a.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True)
+        (n - 1) * s + d * (k - 1) + 1
+        for n, s, d, k in zip(a.shape[2:], stride, dilation, weight.shape[2:], strict=True)
     )
     few = groups == 1 and weight.shape[1] <= FEW_CHANNELS
     if a.dtype == torch.float64 and (few or stride == (1, 1)):
         size = (len(a), weight.shape[1] * groups, height, width)
-        values: Tensor = _grad.conv2d_input(size, weight, a, stride, padding, dilation, groups)
+        values: Tensor = _grad.conv2d_input(size, weight, a, stride, 0, dilation, groups)
         return values
     if few:
         columns = torch.matmul(weight.flatten(1).t(), a.flatten(2))
-        return F.fold(columns, (height, width), weight.shape[2:], dilation, padding, stride)
+        return F.fold(columns, (height, width), weight.shape[2:], dilation, 0, stride)
     last = torch.channels_last
     a, weight = a.contiguous(memory_format=last), weight.contiguous(memory_format=last)
-    return F.conv_transpose2d(a, weight, None, stride, padding, 0, groups, dilation)
+    return F.conv_transpose2d(a, weight, None, stride, 0, 0, groups, dilation)
 
 
 def _kernels(rows: OneHot, weight: Tensor, shape: tuple[int, ...], fixed: Mapping[str, Any]) -> Rows:
