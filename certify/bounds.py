@@ -117,9 +117,29 @@ def bounds(
     >>> bool((lower <= net(image)).all() and (net(image) <= upper).all())
     True
     """
+    if not torch.is_inference_mode_enabled():
+        return _bounds(model, threat_or_box, method, C, return_linear, x, memory_budget)
+    with torch.inference_mode(False), torch.no_grad():  # some rules differentiate, which that mode's tensors cannot
+        if isinstance(threat_or_box, (tuple, list)):
+            threat_or_box = (threat_or_box[0].clone(), threat_or_box[1].clone())
+        C, x = (None if t is None else t.clone() for t in (C, x))
+        return _bounds(model, threat_or_box, method, C, return_linear, x, memory_budget)
+
+
+def _bounds(
+    model: nn.Module,
+    threat_or_box: Threat | tuple[Tensor, Tensor],
+    method: str,
+    C: Tensor | None,
+    return_linear: bool,
+    x: Tensor | None,
+    memory_budget: int | None,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, LinearForms]:
     lookup(method, dict.fromkeys(METHODS), "bound method")
     if return_linear and method == "ibp":
         raise ValueError("ibp bounds are plain numbers, without linear coefficients; leave return_linear out")
+    if memory_budget is not None and memory_budget < 1:
+        raise ValueError(f"memory_budget must be a number of bytes, at least 1, got {memory_budget}")
     region = input_region(threat_or_box, x, INTERVAL_NORMS if method == "ibp" else tuple(NORMS))
     _check_device(model, region.lower)
     graph = graph_of(model, region.lower)
@@ -155,7 +175,7 @@ class _Walk:
         return LinearForms(slopes[0], shifts[0], -slopes[1], -shifts[1])
 
     def _halves(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        below, above = t.reshape(len(self.final.lower), 2, -1, *t.shape[1:]).unbind(1)
+        below, above = t.reshape(len(self.final.lower), 2, self.final.lower.shape[1], *t.shape[1:]).unbind(1)
         return below, above
 
 

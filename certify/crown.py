@@ -44,6 +44,9 @@ class LinearCertifier(MarginCertifier):
 
     def lower_margins(self, model: nn.Module, x: Tensor, threat: Lp, C: Tensor) -> Tensor:
         """Return linear lower bounds (B, S) of C z, nowhere below the interval bounds over the same boxes."""
+        if torch.is_inference_mode_enabled():  # some rules differentiate, which that mode's tensors cannot
+            with torch.inference_mode(False), torch.no_grad():
+                return self.lower_margins(model, x.clone(), threat, C.clone())
         region = input_region(threat, x, tuple(NORMS))
         with full_precision(x.device):
             return self.least(graph_of(model, x), uncompiled(model), region, C)
@@ -82,4 +85,4 @@ def least_of(net: LinearBounds, C: Tensor) -> Tensor:
     """Return lower bounds (B, S) of C z: linear ones, or interval bounds over the same boxes where these are higher."""
     count = len(net.region.lower)
     rows = specification_rows(C, count)
-    return torch.maximum(net.lower(net.graph.output, rows).reshape(count, -1), net.final.lower)
+    return torch.maximum(net.lower(net.graph.output, rows).reshape(count, C.shape[-2]), net.final.lower)
