@@ -22,7 +22,7 @@ BLOCK = 128  # draws: torch's generators give other values for other sizes, so a
 BLOCK_VALUES = 2**18  # or as many draws as have this many values: 1 MB in float32
 CPU_PASS = 256  # copies in a forward pass, or BLOCK_VALUES: their activations stay in a CPU's cache
 PROBES = 4  # copies that are asked about twice
-AGREEMENT = 5e-3  # of the median logit: the rounding of TF32 and of other batch sizes stays below
+AGREEMENT = 5e-3  # of the size of the logits: the rounding of TF32 and of other batch sizes stays below
 
 
 class Ballot:
@@ -55,6 +55,7 @@ class Poll:
 
     Attributes:
         num_classes: K, of the model.
+        sensitivity: of the corruption, as in `Votes`.
         block: draws that come together.
 
     Raises:
@@ -65,6 +66,7 @@ class Poll:
 
     def __init__(self, model: Model, x: Tensor, corruption: Corruption, memory_budget: int | None) -> None:
         self._model, self._x, self._corruption = model, x, corruption
+        self.sensitivity = corruption.sensitivity
         shape = corruption.shape(x.shape[1:])
         self.block = max(1, min(BLOCK, BLOCK_VALUES // shape.numel()))
         self._memory = Memory(memory_budget, x.new_empty(1, *shape), watch=not hasattr(model, "_orig_mod"))
@@ -134,5 +136,14 @@ def _examine(model: Model, corruption: Corruption, probes: Tensor, x: Tensor, ow
 
 
 def _agree(one: Tensor, other: Tensor) -> bool:
-    scale = one.nan_to_num(0, 0, 0).abs().median()
-    return bool(((one - other).abs().nan_to_num(0, 0) <= AGREEMENT * scale).all())
+    return bool(((one - other).abs().nan_to_num(0, 0) <= AGREEMENT * _size(one)).all())
+
+
+def _size(logits: Tensor) -> Tensor:
+    """Return the size () of logits (B, K): the largest that can decide, or the median of those that are not 0.
+
+    Not the largest of all, for a class that is masked by -1e9 would hide every difference; not the median of all, which
+    is 0 where most logits are cut at 0, and next to 0 where they are probabilities.
+    """
+    finite = logits.nan_to_num(0, 0, 0)
+    return torch.fmax(finite.topk(2, dim=1).values.abs().amax(), finite[finite != 0].abs().median())

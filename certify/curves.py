@@ -31,8 +31,8 @@ class CertifiedAccuracy:
     Attributes:
         radius: float64 (N,), 0 or more.
         correct: bool (N,): an answer was certified, and it is the true label.
-        ceiling: the largest radius that can be proven (`largest_radius` of the certifier), float or (N,); None: no
-            limit, as for exact distances.
+        ceiling: the largest radius that can be proven (`largest_radius` of the certifier, with the number of classes
+            where it asks for it), float or (N,); None: no limit, as for exact distances.
 
     Raises:
         ValueError: no samples, shapes that differ, radii that are negative or not finite, or above the ceiling.

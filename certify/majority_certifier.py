@@ -14,6 +14,7 @@ from torch import Tensor
 from robustbench_lite.certify._binomial import upper_tail
 from robustbench_lite.certify._corruptions import AddedNoise, Corruption
 from robustbench_lite.certify._inclusion import inclusion
+from robustbench_lite.certify._vote_checks import budget, check_votes
 from robustbench_lite.certify.noise import Noise
 from robustbench_lite.certify.smoothing_certifier import ROUNDING, SmoothingCertifier
 from robustbench_lite.certify.stopping import FixedSampleSize, Stopping
@@ -33,9 +34,17 @@ class MajorityCertifier(SmoothingCertifier):
     Attributes:
         stopping: `FixedSampleSize()`, or `EarlyStopping()`, which stops once it is settled whether eps can be proven.
             A sample that stops early has a smaller `radius` than n draws would prove, and may abstain.
+
+    Raises:
+        ValueError: another plan than one of these, or as in `SmoothingCertifier`.
     """
 
     stopping: Stopping = field(default_factory=FixedSampleSize)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.stopping, Stopping):
+            raise ValueError(f"stopping must be FixedSampleSize() or EarlyStopping(), got {self.stopping!r}")
 
     @abstractmethod
     def radii(self, p: Array, norm: str, shape: torch.Size) -> Array:
@@ -59,13 +68,21 @@ class MajorityCertifier(SmoothingCertifier):
     def p_values(self, votes: Votes, threat: Lp) -> Array:
         """Return the p-values (B,) of "the chosen class is not robust to the threat", for `holm`.
 
-        Votes have to come from a fixed number of draws. For the whole set to be right a rejected sample has to be of
-        the right class too.
+        For the whole set to be right a rejected sample has to be of the right class too.
+
+        Raises:
+            ValueError: votes that stopped early (all have to be of n draws: a p-value supposes that their number was
+                fixed), or as in `certify_votes`.
         """
-        eps = np.broadcast_to(np.asarray(torch.as_tensor(threat.eps).double().cpu().numpy()), len(votes.draws))
-        needed = self.needed(np.array(eps), threat.norm, votes.shape)
+        check_votes(self, votes, threat)
+        if not bool((votes.draws == self.n).all()):
+            raise ValueError(
+                f"p-values need n = {self.n} draws of each sample, got {int(votes.draws.min())} to "
+                f"{int(votes.draws.max())}: take the votes by `votes`, which does not stop early"
+            )
+        needed = self.needed(budget(threat, len(votes.draws)), threat.norm, votes.shape)
         successes, draws = (t.double().cpu().numpy() for t in (votes.successes, votes.draws))
-        return upper_tail(successes, draws, np.clip(needed, 0.5, 1.0))
+        return upper_tail(successes, draws, np.minimum(needed, 1.0))  # a uniform law's goes on beyond 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,7 @@ class PixelDP(TopTwoCertifier):
         layer: name of the module whose output it is added to, as in `named_modules`; None: the input.
 
     Raises:
-        ValueError: another kind of noise.
+        ValueError: another kind of noise, or as in `SmoothingCertifier`.
     """
 
     noise: GaussianNoise | LaplaceNoise
@@ -79,7 +79,11 @@ class PixelDP(TopTwoCertifier):
 
     def _reach(self, norm: str, votes: Votes) -> float:
         """Return how far the input has to move in `norm` to move the noisy layer by 1."""
-        native = votes.sensitivity or {self.noise.norm: 1.0}
+        if self.layer is not None and not votes.sensitivity:
+            raise ValueError(
+                f"noise after layer {self.layer!r} needs the layer's sensitivity, as votes have it: votes.sensitivity"
+            )
+        native = {self.noise.norm: 1.0} if self.layer is None else votes.sensitivity
         return max(inclusion(own, norm, votes.shape.numel()) / moved for own, moved in native.items())
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from robustbench_lite.certify._corruptions import Corruption, RandomPixels
+from robustbench_lite.certify._vote_checks import check_count
 from robustbench_lite.certify.majority_certifier import MajorityCertifier
 from robustbench_lite.core.models import Model
 
@@ -49,8 +50,7 @@ class RandomizedAblation(MajorityCertifier):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.k, int) or self.k < 1:
-            raise ValueError(f"k must be a whole number of pixels that are kept, at least 1, got {self.k}")
+        check_count("k", self.k, "pixels that are kept")
 
     @property
     def source(self) -> tuple[object, ...]:

@@ -23,7 +23,7 @@ __all__ = ["RenyiSmoothing"]
 Array = NDArray[np.float64]
 
 ORDERS = 1 + np.geomspace(1e-4, 1e2, 97)  # of the divergence; every order > 1 proves a radius
-LOG_ROUNDING = 1e-15  # of a logarithm of a number near 1
+LOG_ROUNDING = 1e-15  # of a logarithm of a number near 1; division by 1 - order enlarges it
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def renyi_radius(p1: Array, p2: Array) -> Array:
     def squared(order: Array) -> Array:
         power = 1 - order
         mean = (np.logaddexp(power * first, power * second) - math.log(2)) / power
-        divergence = -np.logaddexp(rest, math.log(2) + mean) - LOG_ROUNDING
+        divergence = -np.logaddexp(rest, math.log(2) + mean) - LOG_ROUNDING * (1 + 1 / (order - 1))
         return np.asarray(2 / order * divergence)
 
     return np.sqrt(np.maximum(largest(squared, ORDERS), 0))

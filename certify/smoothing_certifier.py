@@ -16,6 +16,7 @@ from torch import Tensor
 from robustbench_lite.certify._binomial import upper_tail
 from robustbench_lite.certify._corruptions import Corruption
 from robustbench_lite.certify._poll import Ballot, Poll
+from robustbench_lite.certify._vote_checks import budget, check_finite, check_settings, check_votes
 from robustbench_lite.certify.base import Certifier
 from robustbench_lite.certify.stopping import FixedSampleSize, Stopping
 from robustbench_lite.certify.votes import Votes
@@ -23,7 +24,7 @@ from robustbench_lite.core.checks import check_images, check_indices, check_labe
 from robustbench_lite.core.models import ABSTAIN, Model, frozen
 from robustbench_lite.core.results import Certificate, Status
 from robustbench_lite.core.rng import Streams
-from robustbench_lite.core.threats import TOLERANCE, Lp, Threat
+from robustbench_lite.core.threats import Lp, Threat
 
 __all__ = ["SmoothingCertifier"]
 
@@ -59,7 +60,8 @@ class SmoothingCertifier(Certifier):
         memory_budget: bytes for images and activations at a time; None: 1 GiB, or an eighth of a GPU's memory.
 
     Raises:
-        ValueError: n0 or n below 1, alpha outside (0, 1), or a memory budget below 1.
+        ValueError: n0 or n below 1, alpha outside (0, 1), a memory budget below 1, or what should be a number is none;
+            at the call also an eps that n votes cannot prove, and a model with a parameter that is not finite.
     """
 
     kind: ClassVar[str] = "probabilistic"
@@ -71,15 +73,7 @@ class SmoothingCertifier(Certifier):
     memory_budget: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("n0", "n"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number of draws, at least 1, got {getattr(self, name)}")
-        if not 0 < self.alpha < 1:
-            raise ValueError(
-                f"alpha must lie in (0, 1), got {self.alpha}: it is the probability of a wrong certificate"
-            )
-        if self.memory_budget is not None and self.memory_budget < 1:
-            raise ValueError(f"a memory budget is a number of bytes, at least 1, got {self.memory_budget}")
+        check_settings(self)
 
     @property
     @abstractmethod
@@ -111,22 +105,20 @@ class SmoothingCertifier(Certifier):
         """Certify one chunk."""
         if not isinstance(threat, Lp):
             raise TypeError(f"{type(self).__name__} certifies Lp balls, got {type(threat).__name__}")
-        votes = self._vote(model, x, streams, threat.bounds, threat)
-        if len(x):
-            check_labels(y, x, votes.counts.shape[1])
-        return self.certify_votes(votes, y, threat)
+        return self.certify_votes(self._vote(model, x, streams, threat.bounds, threat), y, threat)
 
     def certify_votes(self, votes: Votes, y: Tensor, threat: Lp) -> Certificate:
         """Return the certificate that votes (B) prove about labels `y`, int64 (B,).
 
         Raises:
-            ValueError: votes on copies that were corrupted with something else.
+            TypeError: labels that are not int64.
+            ValueError: a threat that this certifier does not support or that does not fit the images, votes on copies
+                that were corrupted with something else, or labels that do not fit the votes.
         """
-        if votes.source != self.source:
-            raise ValueError(f"{self} reads votes under {self.source}, got votes under {votes.source}")
+        check_labels(y, check_votes(self, votes, threat), votes.counts.shape[1])
         found = torch.from_numpy(self.proven(votes, threat.norm)).to(y.device) if len(y) else y.double()
         answered, radius = ~found.isnan(), found.nan_to_num(nan=0.0)
-        verified = answered & (radius >= torch.from_numpy(_budget(threat, len(y))).to(y.device))
+        verified = answered & (radius >= torch.from_numpy(budget(threat, len(y))).to(y.device))
         status = torch.where(verified, int(Status.VERIFIED), int(Status.UNKNOWN))
         prediction = torch.where(answered, votes.chosen, ABSTAIN) if len(y) else y
         return Certificate(
@@ -150,7 +142,7 @@ class SmoothingCertifier(Certifier):
         batch_size: int = 256,
     ) -> Votes:
         """Return the votes on images `x` (B, C, H, W), all `n` of them; the arguments are those of `__call__`."""
-        streams = _streams(x, bounds, indices, generator)
+        streams = _streams(x, bounds, indices, generator, batch_size)
         rows = torch.arange(len(x), device=x.device)
         with frozen(model):
             parts = torch.split(rows, batch_size)
@@ -171,11 +163,12 @@ class SmoothingCertifier(Certifier):
         The label is wrong with probability at most alpha; it is `ABSTAIN` where a two-sided binomial test cannot tell
         the two classes with most votes apart. The arguments are those of `__call__`.
         """
-        streams, rows = _streams(x, bounds, indices, generator), torch.arange(len(x), device=x.device)
+        streams = _streams(x, bounds, indices, generator, batch_size)
+        rows = torch.arange(len(x), device=x.device)
         labels = torch.empty_like(rows)
         with frozen(model), torch.no_grad():
             for part in torch.split(rows, batch_size) if len(x) else ():
-                poll = Poll(model, x[part], self.corruption(model, x[part], bounds), self.memory_budget)
+                poll = self._poll(model, x[part], bounds)
                 ballot = Ballot(streams.take(part), poll.num_classes)
                 poll.extend(ballot, list(range(len(part))), 0, self.n)
                 labels[part] = _winner(ballot.counts, self.alpha)
@@ -200,24 +193,41 @@ class SmoothingCertifier(Certifier):
         The arguments are those of `Certifier.radius`; as nothing is searched, `tolerance` plays no part.
 
         Raises:
-            ValueError: a norm that the method cannot certify, or as in `__call__`.
+            ValueError: a norm that the method cannot certify, `max_eps` not positive, or as in `__call__`.
         """
-        if norm not in self.norms:
-            raise ValueError(f"{type(self).__name__} certifies {', '.join(self.norms)}, got the norm {norm!r}")
+        self._check_norm(norm)
+        top = math.inf if max_eps is None else float(max_eps)
+        if not top > 0:
+            raise ValueError(f"max_eps must be positive, got {top:g}")
         check_images(x, bounds)
         check_labels(y, x)
         votes = self.votes(model, x, bounds=bounds, indices=indices, generator=generator, batch_size=batch_size)
+        if len(x):
+            self._largest(norm, votes.shape, votes.counts.shape[1], votes.sensitivity)
         found = self.certify_votes(votes, y, Lp(norm, 0.0, bounds))
-        return torch.where(found.certified, found.radius, 0.0).clamp(max=math.inf if max_eps is None else max_eps)
+        return torch.where(found.certified, found.radius, 0.0).clamp(max=top)
 
     def largest_radius(
-        self, norm: str, shape: torch.Size, num_classes: int = 2, sensitivity: Mapping[str, float] | None = None
+        self,
+        norm: str,
+        shape: torch.Size,
+        num_classes: int | None = None,
+        sensitivity: Mapping[str, float] | None = None,
     ) -> float:
-        """Return the radius in `norm` that n unanimous votes prove, for images of `shape` (C, H, W)."""
-        unanimous = torch.zeros(1, num_classes, dtype=torch.int64)
-        unanimous[0, 0] = self.n
-        votes = Votes(unanimous, unanimous, self.n0, unanimous[:, 0], shape, self.source, sensitivity or {})
-        return float(np.nan_to_num(self.proven(votes, norm))[0])
+        """Return the radius in `norm` that n unanimous votes prove: the ceiling of `CertifiedAccuracy`.
+
+        Args:
+            norm: one of `norms`.
+            shape: (C, H, W) of the images.
+            num_classes: K; has to be given where the bounds share alpha out among the classes (`TopTwoCertifier`).
+            sensitivity: of the votes; has to be given where the noise is added after a layer.
+
+        Raises:
+            ValueError: a norm that the method cannot certify, what has to be given is missing, or n unanimous votes
+                prove no answer at all.
+        """
+        self._check_norm(norm)
+        return self._largest(norm, shape, num_classes or 2, sensitivity or {})
 
     @torch.no_grad()
     def _vote(self, model: Model, x: Tensor, streams: Streams, bounds: tuple[float, float], threat: Lp | None) -> Votes:
@@ -225,9 +235,8 @@ class SmoothingCertifier(Certifier):
         if not len(x):
             nothing = torch.zeros(0, 2, dtype=torch.int64, device=x.device)
             return Votes(nothing, nothing, self.n0, nothing[:, 0], x.shape[1:], self.source)
-        corruption = self.corruption(model, x, bounds)
-        poll = Poll(model, x, corruption, self.memory_budget)
-        needed = None if threat is None else self._needed(threat, x, poll.num_classes, corruption)
+        poll = self._poll(model, x, bounds)
+        needed = None if threat is None else self._needed(threat, x, poll)
         selection, measured = Ballot(streams, poll.num_classes), Ballot(streams, poll.num_classes)
         rows = list(range(len(x)))
         poll.extend(selection, rows, 0, self.n0)
@@ -244,12 +253,32 @@ class SmoothingCertifier(Certifier):
                 break
         drawn = torch.from_numpy(draws).to(x.device)
         counts = (selection.counts, measured.counts, self.n0, drawn)
-        return Votes(*counts, x.shape[1:], self.source, corruption.sensitivity)
+        return Votes(*counts, x.shape[1:], self.source, poll.sensitivity)
 
-    def _needed(self, threat: Lp, x: Tensor, num_classes: int, corruption: Corruption) -> Array | None:
+    def _poll(self, model: Model, x: Tensor, bounds: tuple[float, float]) -> Poll:
+        check_finite(model)
+        return Poll(model, x, self.corruption(model, x, bounds), self.memory_budget)
+
+    def _check_norm(self, norm: str) -> None:
+        if norm not in self.norms:
+            raise ValueError(f"{type(self).__name__} certifies {', '.join(self.norms)}, got the norm {norm!r}")
+
+    def _largest(self, norm: str, shape: torch.Size, num_classes: int, sensitivity: Mapping[str, float]) -> float:
+        unanimous = torch.zeros(1, num_classes, dtype=torch.int64)
+        unanimous[0, 0] = self.n
+        votes = Votes(unanimous, unanimous, self.n0, unanimous[:, 0], shape, self.source, sensitivity)
+        found = float(self.proven(votes, norm)[0])
+        if math.isnan(found):
+            raise ValueError(
+                f"n = {self.n} draws at alpha = {self.alpha:g} can prove no answer by {self}, not even a radius of 0: "
+                "raise n"
+            )
+        return found
+
+    def _needed(self, threat: Lp, x: Tensor, poll: Poll) -> Array | None:
         """Return `needed` for a threat, after a check that n draws can prove its eps at all."""
-        eps = _budget(threat, len(x))
-        largest = self.largest_radius(threat.norm, x.shape[1:], num_classes, corruption.sensitivity)
+        eps = budget(threat, len(x))
+        largest = self._largest(threat.norm, x.shape[1:], poll.num_classes, poll.sensitivity)
         if eps.max() > largest:
             raise ValueError(
                 f"n = {self.n} draws at alpha = {self.alpha:g} can prove a {threat.norm} radius of at most "
@@ -258,17 +287,12 @@ class SmoothingCertifier(Certifier):
         return self.needed(eps, threat.norm, x.shape[1:])
 
 
-def _budget(threat: Lp, count: int) -> Array:
-    """Return eps, float64 (B,); l0 counts whole pixels."""
-    eps = threat.eps.double().cpu().numpy() if isinstance(threat.eps, Tensor) else np.float64(threat.eps or 0.0)
-    eps = np.broadcast_to(eps, count)
-    return np.array(np.floor(eps + TOLERANCE * np.maximum(eps, 1)) if threat.norm == "l0" else eps)
-
-
 def _streams(
-    x: Tensor, bounds: tuple[float, float], indices: Tensor | None, generator: torch.Generator | None
+    x: Tensor, bounds: tuple[float, float], indices: Tensor | None, generator: torch.Generator | None, batch_size: int
 ) -> Streams:
     check_images(x, bounds)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     names = torch.arange(len(x)) if indices is None else indices
     check_indices(names, x)
     return Streams.from_generator(generator, names, x.device)
