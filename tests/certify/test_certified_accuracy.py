@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from robustbench_lite.certify import CertifiedAccuracy, RandomizedSmoothing, Votes, bonferroni, holm, log_rank
+from robustbench_lite.certify import (
+    CertifiedAccuracy,
+    RandomizedSmoothing,
+    UniformSmoothing,
+    Votes,
+    bonferroni,
+    holm,
+    log_rank,
+)
 from robustbench_lite.core.threats import Lp
 
 
@@ -133,6 +141,25 @@ def test_p_values_of_votes_certify_by_bonferroni_what_the_radii_do():
     assert ((p_values <= alpha) == certified).all()
     assert p_values[0] == pytest.approx(stats.binomtest(800, 1000, stats.norm.cdf(1.2), "greater").pvalue)
     assert (certified <= holm(p_values, 0.05)).all()
+
+
+def test_p_values_of_votes_that_prove_nothing_are_refused():
+    counts, draws = torch.tensor([[0, 1000], [0, 1000]]), torch.tensor([1000, 1000])
+    method, shape = RandomizedSmoothing(0.5, n=1000), torch.Size([1, 2, 2])
+    votes = Votes(counts, counts, 100, draws, shape, method.source)
+    with pytest.raises(ValueError, match="got votes under"):  # they would prove ten times the radius
+        RandomizedSmoothing(5.0, n=1000).p_values(votes, Lp("l2", 1.0))
+    early = Votes(counts, counts, 100, torch.tensor([1000, 512]), shape, method.source)
+    with pytest.raises(ValueError, match="n = 1000 draws of each sample, got 512 to 1000"):
+        method.p_values(early, Lp("l2", 0.1))
+    eps = 0.1234567890123456  # no float32
+    expected = stats.binom.sf(999, 1000, stats.norm.cdf(eps / 0.5))
+    np.testing.assert_allclose(method.p_values(votes, Lp("l2", eps)), expected, rtol=1e-5)
+    close = method.p_values(votes, Lp("l2", torch.tensor([eps, eps * (1 + 1e-8)], dtype=torch.float64)))
+    assert close[0] == method.p_values(votes, Lp("l2", eps))[0] < close[1]
+    uniform = UniformSmoothing(0.5, n=1000)
+    beyond = uniform.p_values(Votes(counts, counts, 100, draws, shape, uniform.source), Lp("l1", 0.75))
+    assert beyond.tolist() == [1, 1]  # no votes prove more than half_width
 
 
 def test_corrections_of_nonsense():

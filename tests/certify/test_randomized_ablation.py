@@ -94,11 +94,30 @@ def test_copies_show_k_pixels_twice_and_nothing_else():
     assert (share - 7 / 20).abs().max() < 5 * math.sqrt(0.35 * 0.65 / len(copies))
 
 
+def test_votes_count_pixels_and_speak_of_l0_alone():
+    x, y, method = bright(16), torch.tensor([1]), RandomizedAblation(2, n=1000)
+    votes = method.votes(SeesBright(), x)
+    for threat in (Lp("l2", 3.0), Lp("linf", 1.0)):
+        for read in (lambda t: method.certify_votes(votes, y, t), lambda t: method.p_values(votes, t)):
+            with pytest.raises(ValueError, match="does not support"):
+                read(threat)
+    with pytest.raises(ValueError, match="certifies l0, got the norm 'l2'"):
+        method.largest_radius("l2", x.shape[1:])
+    almost = 4 - 3e-6  # four pixels lie in this threat, by the tolerance of membership
+    darker = x.clone()
+    darker[0, 0, 0] = 0
+    assert Lp("l0", almost).contains(darker, x).item()
+    assert method.p_values(votes, Lp("l0", almost)) == method.p_values(votes, Lp("l0", 4))
+    assert method.p_values(votes, Lp("l0", 3.99)) == method.p_values(votes, Lp("l0", 3))
+    assert method.p_values(votes, Lp("l0", 4)) > method.p_values(votes, Lp("l0", 3))
+    assert method.p_values(votes, Lp("l0", 12)).item() == 1  # no number of votes is enough
+
+
 def test_bad_settings():
     x, y = bright(3), torch.tensor([1])
     with pytest.raises(ValueError, match="k = 17 pixels cannot be kept of images of 16"):
         RandomizedAblation(17, n=100)(SeesBright(), x, y, Lp("l0", 1))
-    for k in (0, -1, 1.5):
+    for k in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="k must be a whole number"):
             RandomizedAblation(k)
     assert not RandomizedAblation(2).supports(Lp("l2", 0.1))

@@ -200,6 +200,9 @@ def test_early_stopping_keeps_its_error_budget_and_saves_draws():
     false = method(HalfSpace(), on_the_edge, ones(on_the_edge), Lp("l2", SIGMA))
     assert stats.binomtest(int(false.certified.sum()), trials, alpha, "greater").pvalue > 1e-3
     assert (false.radius > SIGMA).sum() == false.certified.sum()
+    early = method(HalfSpace(), on_the_edge, ones(on_the_edge), Lp("l2", SIGMA * stats.norm.ppf(0.82)))
+    assert (early.samples < 3100).double().mean() > 0.2  # the radius is read off at a time that the votes have chosen
+    assert stats.binomtest(int((early.radius > SIGMA).sum()), trials, alpha, "greater").pvalue > 1e-3
     held = at(SIGMA * stats.norm.ppf(0.9)).expand(200, 1, 2, 2).contiguous()
     method = RandomizedSmoothing(SIGMA, stopping=EarlyStopping())
     true = method(HalfSpace(), held, ones(held), Lp("l2", SIGMA))
@@ -337,9 +340,49 @@ def test_base_models_that_cannot_be_smoothed(model, message):
         RandomizedSmoothing(SIGMA, n=100)(model, at(0.1), Y[:1], Lp("l2", 0.05))
 
 
+class Sparse(nn.Module):
+    """Ten logits, of which at most two are not 0, with the rounding of another batch size where they are."""
+
+    def __init__(self, rounding: float) -> None:
+        super().__init__()
+        self.rounding = rounding
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = HalfSpace()(x)[:, :2].relu() * (1 + self.rounding / len(x))
+        return torch.cat([logits, torch.zeros_like(logits).repeat(1, 4)], dim=1)
+
+
+class Probabilities(Sparse):
+    def forward(self, x: Tensor) -> Tensor:
+        tiny = torch.full((len(x), 8), 1e-12 / len(x)).to(x)  # their rounding is large beside themselves
+        return torch.cat([HalfSpace()(x)[:, :2].sigmoid() * (1 + self.rounding / len(x)), tiny], dim=1)
+
+
+@pytest.mark.parametrize("kind", [Sparse, Probabilities])
+def test_a_sound_model_is_told_from_one_that_is_not_by_the_size_of_what_decides(kind):
+    method = RandomizedSmoothing(SIGMA, n=1000)
+    assert method(kind(1e-3), at(0.3), Y[:1], Lp("l2", 0.1)).certified.item()
+    with pytest.raises(ValueError, match="depends on the other images"):
+        method(kind(0.5), at(0.3), Y[:1], Lp("l2", 0.1))
+
+
+def test_a_parameter_that_is_not_finite_is_named():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).double()
+    net[1].weight.data[2, 1] = math.nan
+    method = RandomizedSmoothing(SIGMA, n=100)
+    for call in (method.votes, method.predict):
+        with pytest.raises(ValueError, match=r"parameter '1\.weight' .* NaN"):
+            call(net, X)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"sigma": "0.25"}, "sigma must be a number, got '0.25'"),
+        ({"sigma": True}, "sigma must be a number"),
+        ({"sigma": 1.0, "alpha": "0.1"}, "alpha must be a number"),
+        ({"sigma": 1.0, "n": True}, "n must be a whole number"),
+        ({"sigma": 1.0, "stopping": "early"}, r"stopping must be FixedSampleSize\(\) or EarlyStopping\(\)"),
         ({"sigma": 0.0}, "sigma must be > 0"),
         ({"sigma": -1.0}, "sigma must be > 0"),
         ({"sigma": math.nan}, "sigma must be > 0"),
@@ -375,3 +418,46 @@ def test_threats_that_cannot_be_certified():
         RandomizedSmoothing(SIGMA, n=100, stopping=EarlyStopping())(HalfSpace(), X, Y, Lp("l2", 0.37))
     with pytest.raises(ValueError, match="labels must be in 0"):
         method(HalfSpace(), X, Y + 2, Lp("l2", 0.1))
+    few = RandomizedSmoothing(SIGMA, n=9)  # 0.001^(1/9) < 1/2
+    for call in (lambda: few(HalfSpace(), X, Y, Lp("l2", 0.0)), lambda: few.radius(HalfSpace(), X, Y, "l2")):
+        with pytest.raises(ValueError, match=r"n = 9 draws .* no answer"):
+            call()
+    with pytest.raises(ValueError, match=r"n = 9 draws .* no answer"):
+        few.largest_radius("l2", X.shape[1:])
+    assert RandomizedSmoothing(SIGMA, n=10).largest_radius("l2", X.shape[1:]) > 0
+    with pytest.raises(ValueError, match="certifies l2, l1, linf"):
+        method.largest_radius("l0", X.shape[1:])
+
+
+def test_votes_prove_nothing_about_threats_that_are_not_supported():
+    method = RandomizedSmoothing(SIGMA, n=1000)
+    votes = method.votes(HalfSpace(), X)
+    for read in (lambda threat: method.certify_votes(votes, Y, threat), lambda t: method.p_values(votes, t)):
+        for threat in (Lp("l0", 2), Lp("l2", None), RotationTranslation()):
+            with pytest.raises(ValueError, match="does not support"):
+                read(threat)
+        with pytest.raises(ValueError, match="one value for each of the 4 images"):
+            read(Lp("l2", torch.tensor([0.1])))
+        with pytest.raises(ValueError, match="wider than the whole image range"):
+            read(Lp("l2", 3.0))
+    for labels, message in (
+        (Y[:1], r"shape \(4,\)"),
+        (Y + 2, r"labels must be in 0 \.\. 2"),
+        (Y - 2, "labels must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            method.certify_votes(votes, labels, Lp("l2", 0.1))
+
+
+def test_arguments_of_radius_and_votes():
+    method = RandomizedSmoothing(SIGMA, n=100)
+    for top in (-1.0, 0.0, math.nan):
+        with pytest.raises(ValueError, match="max_eps must be positive"):
+            method.radius(HalfSpace(), X, Y, "l2", max_eps=top)
+    for call in (
+        lambda: method.radius(HalfSpace(), X, Y, "l2", batch_size=0),
+        lambda: method.votes(HalfSpace(), X, batch_size=0),
+        lambda: method.predict(HalfSpace(), X, batch_size=0),
+    ):
+        with pytest.raises(ValueError, match="batch_size must be at least 1"):
+            call()

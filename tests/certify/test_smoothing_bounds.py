@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -81,6 +82,15 @@ def test_the_renyi_radius_is_the_supremum_over_all_orders():
     found = renyi_radius(p, 1 - p)
     assert np.isfinite(found).all()
     assert (np.diff(found) > 0).all()
+
+
+def test_the_renyi_radius_stays_below_cohens_where_the_two_classes_are_next_to_equal():
+    """There the rounding of the divergence, divided by 1 - order, would be a radius of its own: 1e-6 instead of 0."""
+    for p in (0.01, 0.1, 0.3, 0.45, 0.49999):
+        p1 = p + 10.0 ** -np.arange(5, 14)
+        p2 = np.full(len(p1), p)
+        # a mean value of the slope of Phi^-1, as the difference of two values is nothing but rounding here
+        assert (renyi_radius(p1, p2) <= (p1 - p2) / 2 / stats.norm.pdf(ndtri(p2)) * (1 + 1e-3)).all()
 
 
 @pytest.mark.parametrize("distance", [0.2, 1.0, 2.0])
@@ -191,6 +201,42 @@ def test_pixel_dp_radii_stay_below_the_distance_of_the_smoothed_boundary(noise, 
         assert torch.equal(both[0], torch.minimum(*both))
 
 
+def test_norms_reach_the_noisy_layer_by_their_own_operator_norms():
+    """From the same votes the l1 radius is larger than the l2 radius by the quotient of the layer's norms."""
+    model = Readout(conv(stride=2, padding=1)).double().eval()
+    jacobian = torch.autograd.functional.jacobian(
+        lambda z: model.first((z - 0.4) / 0.5), torch.rand(1, 2, 5, 5).double()
+    )
+    matrix = jacobian.reshape(-1, 50)
+    quotient = float(torch.linalg.matrix_norm(matrix, 2) / matrix.norm(dim=0).max())
+    assert quotient > 1.1
+    method = PixelDP(GaussianNoise(SIGMA), "first", n=3000)
+    x = 0.5 + 0.5 * torch.randn(8, 2, 5, 5, generator=_source(3)).double()
+    votes = method.votes(model, x, bounds=(-9, 9))
+    l2, l1 = (method.certify_votes(votes, model(x).argmax(1), Lp(n, 0.0, (-9, 9))).radius for n in ("l2", "l1"))
+    assert (l2 > 0).any()
+    torch.testing.assert_close(l1, quotient * l2, rtol=1e-6, atol=0)
+
+
+def test_ceilings_ask_for_what_they_depend_on_and_unanimous_votes_reach_them():
+    x, ten = torch.rand(1, 2, 5, 5, generator=_source(0)), Ten(conv())
+    for method in (RenyiSmoothing(SIGMA, n=500), PixelDP(LaplaceNoise(SIGMA), n=500)):
+        with pytest.raises(ValueError, match="give num_classes"):
+            method.largest_radius("l2", x.shape[1:])
+        ceiling = method.largest_radius("l2", x.shape[1:], 10)
+        assert ceiling < method.largest_radius("l2", x.shape[1:], 2)
+        assert method.radius(ten, x, torch.tensor([0]), "l2").item() == pytest.approx(ceiling, rel=1e-12)
+    inside = PixelDP(GaussianNoise(SIGMA), "first", n=500)
+    with pytest.raises(ValueError, match="needs the layer's sensitivity"):
+        inside.largest_radius("l2", x.shape[1:], 10)
+    votes = inside.votes(ten, x)
+    ceiling = inside.largest_radius("l2", x.shape[1:], 10, votes.sensitivity)
+    assert inside.radius(ten, x, torch.tensor([0]), "l2").item() == pytest.approx(ceiling, rel=1e-12)
+    with pytest.raises(ValueError, match="needs the layer's sensitivity"):
+        inside.certify_votes(replace(votes, sensitivity={}), torch.tensor([0]), Lp("l2", 0.0))
+    assert inside.radius(ten, x[:0], torch.tensor([], dtype=torch.int64), "l2").shape == (0,)
+
+
 def test_noise_in_the_net_is_added_to_the_layer():
     """The votes have the probability of noise at the layer: Phi(margin / (sigma |v|))."""
     model = Readout(conv(padding=1)).double().eval().requires_grad_(False)
@@ -210,6 +256,39 @@ class Bypass(Readout):
         return super().forward(x) + x.flatten(1)[:, :2]
 
 
+class Gated(Readout):
+    """The input goes around the layer, but not where the layer's mean output is 1 or more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = self.first((x - 0.4) / self.scale).flatten(1)
+        lead = seen @ self.v
+        return torch.stack([-lead, lead], 1) + x.flatten(1)[:, :2] * (1 - seen.mean(1, keepdim=True)).clamp_min(0)
+
+
+class Threshold(Readout):
+    """The input goes around the layer, but not where all its output is above 1/2."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = self.first((x - 0.4) / self.scale).flatten(1)
+        lead = seen @ self.v
+        return torch.stack([-lead, lead], 1) + x.flatten(1)[:, :2] * (seen < 0.5).any(1, keepdim=True)
+
+
+class Peeks(Readout):
+    """Its logits respect the layer, its labels do not."""
+
+    def predict(self, x: Tensor) -> Tensor:
+        return torch.where(x[:, 0, 0, 0] > 0.5, self(x).argmax(1), 0)
+
+
+class Ten(Readout):
+    """Always the first of ten classes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        lead = super().forward(x)[:, :1].tanh() + 2
+        return torch.cat([lead, lead.new_zeros(len(x), 9)], dim=1)
+
+
 class Twice(Readout):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + super().forward(-x)
@@ -227,6 +306,9 @@ class Unused(Readout):
         (Readout(nn.Sequential(conv(), nn.ReLU())), "first", "no affine function"),
         (Bypass(conv()), "first", "by another way"),
         (Twice(conv()), "first", "by another way"),
+        (Gated(conv()), "first", "by another way"),
+        (Threshold(conv()), "first", "by another way"),
+        (Peeks(conv()), "first", "by another way"),
         (Unused(conv()), "first", "does not run layer"),
     ],
 )

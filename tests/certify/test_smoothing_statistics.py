@@ -69,6 +69,31 @@ def test_looking_again_and_again_with_a_fixed_sample_bound_errs_more_often():
     assert err > 2 * alpha
 
 
+@pytest.mark.parametrize("threshold", [0.72, 0.78, 0.82, 0.8413])
+@pytest.mark.parametrize("alpha", [0.1, 0.2])
+def test_a_bound_read_off_where_the_plan_stops_errs_with_probability_alpha_at_most(threshold, alpha):
+    """Exactly, by the law of the votes over all looks; the bound of a fixed sample would err up to 0.32 of the time."""
+    plan, p, n, before, alive, err = EarlyStopping(), 0.8413, 3000, 0, np.array([1.0]), 0.0
+    for look in plan.looks(n, 128):
+        alive = np.convolve(alive, stats.binom(look - before, p).pmf(np.arange(look - before + 1)))
+        k, before = np.arange(look + 1), look
+        stop = ~plan.undecided(k, look, alpha, np.full(look + 1, threshold)) | (look == n)
+        err += alive[stop & (plan.lower(k, look, alpha) > p)].sum()
+        alive[stop] = 0
+    assert alive.sum() == 0
+    assert err <= alpha
+
+
+@pytest.mark.parametrize("n", [1, 20, 60])
+@pytest.mark.parametrize("level", [0.001, 0.2])
+def test_the_upper_bound_of_a_rival_is_at_most_one_less_the_lower_bound_of_the_first(n, level):
+    """Two-sided certificates suppose p1 + p2 <= 1; as the votes of both are at most n, they need not cut p2."""
+    first, second = np.meshgrid(np.arange(n + 1), np.arange(n + 1))
+    fits = first + second <= n
+    low, high = clopper_pearson_lower(first, n, level), clopper_pearson_upper(second, n, level)
+    assert (high <= 1 - low)[fits].all()
+
+
 @pytest.mark.parametrize("n", [1, 128, 129, 1000, 100_000])
 def test_looks_come_in_blocks_and_end_at_n(n):
     looks = list(EarlyStopping().looks(n, 128))
