@@ -125,6 +125,18 @@ def test_no_row_is_ever_worse_than_crowns(name, norm, make_net, images):
         assert (AlphaCROWN(**options)(net, images, y, threat).margins >= crown - 1e-12).all()
 
 
+def test_interval_bounds_of_the_same_boxes_are_kept():
+    """Of SEEDS 0.4's second net at eps 0.2: 0.25 by intervals, 0.15 by CROWN's lines, which one short step leaves."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).double()
+    net[1].weight.data = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    net[1].bias.data = torch.tensor([-0.6, -0.1], dtype=torch.float64)
+    net[3].weight.data = torch.tensor([[1.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+    net[3].bias.data = torch.tensor([0.25 - 1, 0.0], dtype=torch.float64)  # margins below 0 are not proven
+    x = torch.tensor([0.5, 0.2], dtype=torch.float64).reshape(1, 1, 1, 2)
+    found = AlphaCROWN(steps=1, step_size=1e-3)(net, x, torch.tensor([0]), Lp("linf", 0.2, (-1.0, 2.0)))
+    assert found.margins[0, 1].item() == pytest.approx(0.25 - 1, abs=1e-9)
+
+
 def test_hidden_slopes_help_too_and_never_hurt():
     net = relu_net(1, 9, 8, 8, 3)
     x = torch.rand(3, 1, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -222,6 +222,33 @@ def test_copies_of_inputs_are_no_inputs_of_their_own(name, kinds):
     check_hidden_boxes(body, (2, 5, 4))
 
 
+def test_planes_around_a_maximum():
+    """Above (z_1, z_2) of [0, 1] x [-1, 0.2] lies z_1 + (z_2 + 1) / 6; above four of [0, 1] the constant 1 is better."""
+    net = nn.Sequential(nn.MaxPool2d((1, 2)), nn.Flatten()).double()
+    low, high = torch.tensor([[0.0, -1.0], [1.0, 0.2]], dtype=torch.float64).reshape(2, 1, 1, 1, 2)
+    *_, forms = bounds(net, (low, high), "crown", return_linear=True)
+    near = {"rtol": 0, "atol": 1e-9}
+    torch.testing.assert_close(forms.upper_slope.flatten(), torch.tensor([1, 1 / 6], dtype=torch.float64), **near)
+    torch.testing.assert_close(forms.upper_shift.flatten(), torch.tensor([1 / 6], dtype=torch.float64), **near)
+    torch.testing.assert_close(forms.lower_slope.flatten(), torch.tensor([1.0, 0], dtype=torch.float64), **near)
+    unit = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
+    net[0] = nn.MaxPool2d(2)
+    *_, forms = bounds(net, (unit, unit + 1), "crown", return_linear=True)
+    assert not forms.upper_slope.any() and forms.upper_shift.item() == pytest.approx(1, abs=1e-9)
+
+
+POOLS: list[nn.Module] = [
+    nn.AvgPool2d((3, 2), (2, 1), (1, 1), ceil, include, divisor)
+    for ceil, include, divisor in itertools.product((False, True), (False, True), (None, 5))
+]
+
+
+@pytest.mark.parametrize("pool", [*POOLS, nn.AvgPool2d(2, 3), nn.AdaptiveAvgPool2d((3, None))], ids=str)
+def test_averages_over_any_windows(pool):
+    torch.manual_seed(0)
+    check_hidden_boxes(nn.Sequential(nn.Conv2d(1, 2, 2), pool).double(), (1, 9, 8))
+
+
 def test_branches_of_different_strides_meet(kinds):
     """Their windows start alike and move apart: patches that may not be added as such."""
     torch.manual_seed(0)
