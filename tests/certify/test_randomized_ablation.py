@@ -108,6 +108,8 @@ def test_votes_count_pixels_and_speak_of_l0_alone():
     darker[0, 0, 0] = 0
     assert Lp("l0", almost).contains(darker, x).item()
     assert method.p_values(votes, Lp("l0", almost)) == method.p_values(votes, Lp("l0", 4))
+    needed = 1.5 - math.comb(12, 2) / math.comb(16, 2)
+    assert method.p_values(votes, Lp("l0", 4)).item() == pytest.approx(needed**1000, rel=1e-9)  # all votes agree
     assert method.p_values(votes, Lp("l0", 3.99)) == method.p_values(votes, Lp("l0", 3))
     assert method.p_values(votes, Lp("l0", 4)) > method.p_values(votes, Lp("l0", 3))
     assert method.p_values(votes, Lp("l0", 12)).item() == 1  # no number of votes is enough
