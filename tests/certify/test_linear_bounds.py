@@ -223,7 +223,7 @@ def test_copies_of_inputs_are_no_inputs_of_their_own(name, kinds):
 
 
 def test_planes_around_a_maximum():
-    """Above (z_1, z_2) of [0, 1] x [-1, 0.2] lies z_1 + (z_2 + 1) / 6; above four of [0, 1] the constant 1 is better."""
+    """Above (z_1, z_2) of [0, 1] x [-1, 0.2] lies z_1 + (z_2 + 1) / 6; above four of [0, 1] the constant 1."""
     net = nn.Sequential(nn.MaxPool2d((1, 2)), nn.Flatten()).double()
     low, high = torch.tensor([[0.0, -1.0], [1.0, 0.2]], dtype=torch.float64).reshape(2, 1, 1, 1, 2)
     *_, forms = bounds(net, (low, high), "crown", return_linear=True)
