@@ -127,8 +127,9 @@ class EvolutionStrategy(Attack):
             logits = oracle.scores(self._points(x, threat, rows, block), owners, loss, candidate=False).double()
             values.append(loss(logits, oracle.goal.take(owners)).reshape(len(rows), -1))
             goal = oracle.goal.take(owners)
-            lead = margin(logits, goal).nan_to_num(nan=-torch.inf)
-            lead = lead.masked_fill(goal.achieved(labels_of(logits)), torch.inf)  # an answer that is none has no margin
+            lead = margin(logits, goal)
+            broken = lead.isnan() & goal.achieved(labels_of(logits))  # an answer that is none: a success without margin
+            lead = lead.nan_to_num(nan=-torch.inf).masked_fill(broken, 0.0)
             margins.append(lead.reshape(len(rows), -1))
         best = torch.cat(margins, dim=1).argmax(dim=1).reshape(-1, 1, 1)
         champion = members.gather(1, best.expand(-1, 1, members.shape[2]))
