@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from robustbench_lite.core.checks import check_images, check_indices, check_labels
+from robustbench_lite.core.errors import NotApplicableError
 from robustbench_lite.core.goals import Goal, as_goal
 from robustbench_lite.core.models import Model
 from robustbench_lite.core.oracle import Access, Oracle, Stop
@@ -29,9 +30,11 @@ class Attack(ABC):
 
     Attributes:
         version: part of the identity of stored results; raise it when the attack's answers change.
+        needs: a protocol of `core.insides` that the deployed model must satisfy; None: any model will do.
     """
 
     version: ClassVar[int] = 1
+    needs: ClassVar[type | None] = None
 
     @property
     def access(self) -> Access:
@@ -91,10 +94,16 @@ class Attack(ABC):
         Raises:
             TypeError: images that are not floating point, or labels that are not int64.
             ValueError: a threat that this attack does not support, or images, labels, indices or budgets out of range.
+            NotApplicableError: a model that is not what the attack is made for.
         """
         goal = as_goal(goal)
         if not callable(model):
             raise TypeError(f"a model is a callable from images to logits, got {type(model).__name__}")
+        if self.needs is not None and not isinstance(model, self.needs):
+            raise NotApplicableError(
+                f"{type(self).__name__} attacks what is a {self.needs.__name__} ({_first_line(self.needs)}), and "
+                f"{type(model).__name__} is none"
+            )
         self._check(x, goal, threat, max_queries, stop, indices)
         names = torch.arange(len(x)) if indices is None else indices
         x = x.detach()
@@ -135,6 +144,10 @@ class Attack(ABC):
         rows = rows[(points[rows] != oracle.best[rows]).flatten(1).any(dim=1)]
         if len(rows):
             oracle.labels(points[rows].detach(), rows)
+
+
+def _first_line(cls: type) -> str:
+    return (cls.__doc__ or "").partition("\n")[0].rstrip(".")
 
 
 def _result(oracle: Oracle) -> AttackResult:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from robustbench_lite.core.errors import NotApplicableError
+
 __all__ = ["CannotCertify", "UnsupportedOperator"]
 
 
-class CannotCertify(ValueError):  # noqa: N818 - it names what was found
-    """A certifier can say nothing about a model, whatever the sample: a table prints n/a."""
+class CannotCertify(NotApplicableError):  # noqa: N818 - it names what was found
+    """A certifier can say nothing about a model, whatever the sample."""
 
 
 class UnsupportedOperator(CannotCertify):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -122,22 +123,48 @@ class Objective(ABC):
     def after_step(self, model: nn.Module, state: Any) -> None:  # noqa: B027  (a hook, not a forgotten method)
         """Bring weights or state back to where they must lie (projections), after every step."""
 
-    def finish(self, model: nn.Module, data: TrainingData, state: Any) -> nn.Module:
-        """Return the defense to deploy; by default the model itself."""
+    def finish(
+        self, model: nn.Module, data: TrainingData, state: Any, calibration: TrainingData | None = None
+    ) -> nn.Module:
+        """Return the defense to deploy; by default the model itself.
+
+        `calibration` are samples that the training has not seen, for thresholds; None where there are none.
+        """
         return model
 
 
 class Wrapper(nn.Module, ABC):
     """What is deployed around a net, with its honest self-description.
 
-    A subclass keeps the net and what it learnt as submodules and buffers (so that weights files carry them) and
-    defines `forward`; it overrides the rest where the default is not the truth.
+    A subclass takes the net first, then its settings (plain data, kept as attributes of the same names), keeps what it
+    learns as submodules and buffers (so that weights files carry them) and defines `forward`; it overrides the rest
+    where the default is not the truth.
     """
 
     stochastic: ClassVar[bool] = False
     """Whether two calls may differ."""
     rejects: ClassVar[bool] = False
     """Whether `predict` may refuse an input as suspicious (a detector); abstention for lack of votes is not that."""
+    needs_data: ClassVar[bool] = False
+    """Whether `restore` must bring back training data that a weights file is too small for."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments that rebuild this wrapper around its net."""
+        return {name: getattr(self, name) for name in list(inspect.signature(type(self)).parameters)[1:]}
+
+    def fit(self, data: TrainingData, calibration: TrainingData | None) -> None:
+        """Learn what must be known of the data, once, when the net is trained.
+
+        Args:
+            data: what the net was trained on.
+            calibration: samples that it was not trained on, for thresholds; None where there are none.
+
+        Raises:
+            ValueError: samples that are missing or too few.
+        """
+
+    def restore(self, data: TrainingData) -> None:
+        """Bring back from the training data what the weights file does not hold; for wrappers that `needs_data`."""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:

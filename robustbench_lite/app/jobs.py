@@ -222,7 +222,10 @@ def _compute(plain: dict[str, Any], store: Path | None, key: str | None) -> Done
             store=store,
             name=building.row_name(plain),
             progress=sys.stderr.isatty(),
-            **{name: plain[name] for name in ("seed", "mode", "batch_size", "device", "max_queries", "precision")},
+            **{
+                name: plain[name]
+                for name in ("seed", "mode", "adaptive", "batch_size", "device", "max_queries", "precision")
+            },
         )
     except UnsavedError as error:
         report, problem = error.report, str(error)

@@ -91,6 +91,7 @@ def job(config: DictConfig, command: str) -> int:
         **{name: plain[name] for name in _LOOP},
         augment=building.build(plain["augment"], "augment") if plain["augment"] else None,
         checkpoint=checkpoint,
+        calibration=building.data(plain | {"data": plain["data"] | {"split": "calibration"}, "limit": None}),
         progress=plain["progress"] and sys.stderr.isatty(),
     )
     hours = (time.perf_counter() - start) / 3600
@@ -124,7 +125,8 @@ def _accuracy(defense: nn.Module, samples: Dataset) -> float:
 
     place = next((parameter.device for parameter in defense.parameters()), torch.device("cpu"))
     hits = 0
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # for defenses that draw
         for start in range(0, len(samples), 1000):
             rows = slice(start, start + 1000)
             hits += int((predict(defense, samples.images[rows].to(place)).cpu() == samples.labels[rows]).sum())

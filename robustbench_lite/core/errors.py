@@ -1,4 +1,4 @@
-"""Error messages for names nobody knows: what came, what was probably meant, what there is."""
+"""What is said of a method that does not apply, and of names nobody knows: what came, what was meant, what there is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-__all__ = ["lookup", "suggest"]
+__all__ = ["NotApplicableError", "lookup", "suggest"]
+
+
+class NotApplicableError(ValueError):
+    """A method can say nothing about a model, whatever the sample: a table prints n/a."""
 
 
 def suggest(name: str, known: Iterable[str], what: str) -> str:

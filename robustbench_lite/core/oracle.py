@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from enum import IntEnum
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from robustbench_lite.core.checks import (
     explain_mismatch,
     version_of,
 )
+from robustbench_lite.core.errors import NotApplicableError
 from robustbench_lite.core.goals import Goal
 from robustbench_lite.core.incumbent import UNKNOWN, Incumbent
 from robustbench_lite.core.ledger import Ledger
@@ -33,6 +34,7 @@ from robustbench_lite.core.threats import Threat
 
 __all__ = ["Access", "AccessDeniedError", "Oracle", "OutOfBudgetError", "Stop", "Transform"]
 
+T = TypeVar("T")
 Transform = Callable[[Tensor, slice], Tensor]
 """Images (m, C, H, W) at the positions `slice` of a question to changed images; differentiable."""
 Stop = Literal["success", "never"]
@@ -198,6 +200,7 @@ class Oracle:
         *,
         candidate: bool = True,
         transform: Transform | None = None,
+        through: nn.Module | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the loss (n,) and its gradient (n, ...) at `points`, from the view; `gradient_cost` forward passes.
 
@@ -208,23 +211,29 @@ class Oracle:
             aim: the goal that the loss sees, one label a point; None: the goal of the oracle.
             candidate: whether the points may be the answer; False for probes around it.
             transform: a differentiable change of the images before the view sees them; only for probes.
+            through: a module, made of parts of the deployed model, that is asked in the view's place and whose answers
+                (n, anything) the loss is of; only for probes. Its attribute `cost` is paid, as a view's is.
 
         Raises:
             AccessDeniedError: the access level is below GRADIENT.
             OutOfBudgetError: a row cannot pay.
+            ValueError: a candidate that should be judged `through` something else than the model.
         """
         self._require(Access.GRADIENT)
+        if through is not None and candidate:
+            raise ValueError("what `through` answers judges no candidate: ask with candidate=False, and judge")
         aims = self._goal(rows) if aim is None else aim
 
         def ask(part: slice) -> tuple[Tensor, ...]:
             leaf = points[part].detach().requires_grad_()
             with torch.enable_grad():
-                logits = self._logits(self._view, leaf, rows[part], part, transform)
+                logits = self._logits(self._view, leaf, rows[part], part, transform, through)
                 value = loss(logits, aims.take(part))
                 slope = _input_gradient(value, leaf)
             return value.detach(), slope, logits.detach()
 
-        self._pay(rows, self.gradient_cost if candidate else self._view_cost, backwards=1)
+        probe = self._view_cost if through is None else _cost(through)
+        self._pay(rows, self.gradient_cost if candidate else probe, backwards=1)
         value, slope, logits = self._memory.ask(ask, rows.numel(), graph=True)
         if candidate:
             self._offer(points, rows, value, logits, self._one_pass)
@@ -422,12 +431,35 @@ class Oracle:
     def _image(self, points: Tensor, rows: Tensor) -> Tensor:
         return self.threat.take(rows).apply(self.x[rows], points) if self.threat.parametric else points
 
+    def inside(self, kind: type[T]) -> T:
+        """Return the deployed model as a `kind`, for attacks that know what is inside a defense (`Attack.needs`).
+
+        Whatever they ask of its parts goes by `gradient(..., through=...)`, and is paid.
+
+        Raises:
+            AccessDeniedError: the access level is below GRADIENT.
+            NotApplicableError: the model is no `kind`.
+        """
+        self._require(Access.GRADIENT)
+        if not isinstance(self._model, kind):
+            raise NotApplicableError(f"needs a {kind.__name__}, and {type(self._model).__name__} is none")
+        return self._model
+
     def _logits(
-        self, model: Model, points: Tensor, rows: Tensor, part: slice = slice(None), transform: Transform | None = None
+        self,
+        model: Model,
+        points: Tensor,
+        rows: Tensor,
+        part: slice = slice(None),
+        transform: Transform | None = None,
+        through: nn.Module | None = None,
     ) -> Tensor:
         images = self._image(points, rows)
         images = images if transform is None else transform(images, part)
         version = version_of(images)
+        if through is not None:
+            with frozen(through):
+                return _checked_values(through(images), images, version)
         try:
             logits = model(images)
         except torch.OutOfMemoryError:
@@ -458,6 +490,13 @@ class Oracle:
                     f"max_queries = {self.max_queries}: ask still() or standing() first"
                 )
         self._ledger.pay(rows, forwards, backwards)
+
+
+def _checked_values(values: Tensor, images: Tensor, version: int | None) -> Tensor:
+    check_untouched(images, version)
+    if values.ndim != 2 or len(values) != len(images):
+        raise ValueError(f"what is asked `through` must give ({len(images)}, anything), got {tuple(values.shape)}")
+    return values
 
 
 def _cost(view: Model) -> int:

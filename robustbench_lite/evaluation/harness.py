@@ -21,7 +21,7 @@ from robustbench_lite.evaluation.cells import Cell, block_of
 from robustbench_lite.evaluation.flags import Flag, non_finite
 from robustbench_lite.evaluation.ledger import Ledger
 from robustbench_lite.evaluation.methods import sparing
-from robustbench_lite.evaluation.plan import MODES, Plan, Task
+from robustbench_lite.evaluation.plan import MODES, Plan, Task, with_own
 from robustbench_lite.evaluation.probe import probe
 from robustbench_lite.evaluation.records import to_frame
 from robustbench_lite.evaluation.report import NotApplicable, Report
@@ -58,6 +58,7 @@ def evaluate(
     store: Store | Path | str | None = None,
     seed: int = 0,
     mode: str = "full",
+    adaptive: bool = True,
     name: str | None = None,
     batch_size: int = 250,
     device: str = "auto",
@@ -79,6 +80,8 @@ def evaluate(
         seed: of all randomness.
         mode: "full": each attack sees all samples. "cascade": only those that still stand, and each certifier after the
             first only correct ones that no deterministic one before it has proved.
+        adaptive: whether the defense's own `adaptive_attacks` and `certifiers` join the given ones; without them the
+            table shows what an attacker finds who does not know the defense.
         name: what tables call the model; default: its class.
         batch_size: samples in one call of a method; it changes answers by rounding at most.
         device: "auto": where the model is, or a GPU if there is one (the model is copied, not moved).
@@ -98,9 +101,14 @@ def evaluate(
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    plan = Plan.of(
-        _listed("threat", threat), _listed("attacks", attacks), _listed("certifiers", certifiers), max_queries
+    threats, attacks, certifiers = (
+        _listed("threat", threat),
+        _listed("attacks", attacks),
+        _listed("certifiers", certifiers),
     )
+    if adaptive:
+        attacks, certifiers = with_own(model, threats, attacks, certifiers)
+    plan = Plan.of(threats, attacks, certifiers, max_queries)
     samples = as_samples(data, plan.bounds)
     subject = Subject.of(model, name, device, precision)
     flags = probe(subject, samples, seed)
@@ -173,10 +181,13 @@ def _attack_cascade(
     tables: list[pa.Table] = []
     standing = _mask(clean, "correct")
     for task in [task for task in tasks if task.cell.kind == "attack"]:
-        given = np.ones(len(part), dtype=bool) if not tables else standing
-        run = sparing(task.run, subject, clean) if not tables else None
+        first = not any(len(table) for table in tables)
+        given = np.ones(len(part), dtype=bool) if first else standing
+        run = sparing(task.run, subject, clean) if first else None
         rows = ledger.fetch(task, part.take(given), run)
         tables.append(rows)
+        if task.cell.key in ledger.refused:
+            continue  # the next attack is the first
         standing = standing.copy()
         standing[np.flatnonzero(given)[_mask(rows, "success")]] = False
     return tables

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 from numpy import array, int64
 
-from robustbench_lite.certify.errors import CannotCertify
+from robustbench_lite.core.errors import NotApplicableError
 from robustbench_lite.evaluation.cells import Cell, block_of, sample_keys
 from robustbench_lite.evaluation.examples import Examples
 from robustbench_lite.evaluation.methods import Method
@@ -32,7 +32,7 @@ class Ledger:
     Attributes:
         unsaved: what could not be written, with the system's reason.
         wrote: whether anything had to be computed and written.
-        refused: why a certifier cannot bound the model, by the key of its cell; it is asked once, and has no rows.
+        refused: why a method does not apply to the model, by the key of its cell; it is asked once, and has no rows.
     """
 
     def __init__(self, store: Store | None, device: str, batch_size: int) -> None:
@@ -43,7 +43,7 @@ class Ledger:
         self._fresh: dict[str, list[Examples]] = {}  # examples computed for the block at hand
 
     def fetch(self, task: Task, part: Samples, run: Method | None = None) -> pa.Table:
-        """Return one row for each sample of a part of one block, in its order; none of a certifier that refuses.
+        """Return one row for each sample of a part of one block, in its order; none of a method that does not apply.
 
         Args:
             task: the cell, and how to compute its rows.
@@ -63,7 +63,7 @@ class Ledger:
         if len(missing):
             try:
                 fresh = self._compute(task, part.take(missing), block, run or task.run)
-            except CannotCertify as error:
+            except NotApplicableError as error:
                 self.refused[task.cell.key] = str(error)
                 return empty_records()
             stored = pa.concat_tables([stored, fresh])
@@ -116,12 +116,12 @@ def _keys(part: Samples) -> list[tuple[int, str, int]]:
 
 
 def _guarded(task: Task, batch: Samples, block: int, run: Method) -> tuple[pa.Table, Examples | None]:
-    """Run a method; name what failed where. That a certifier does not apply to a model is no failure."""
+    """Run a method; name what failed where. That a method does not apply to a model is no failure."""
     try:
         return run(task.cell, batch)
     except Exception as error:
         cell = task.cell
-        if cell.kind == "certifier" and isinstance(error, CannotCertify):
+        if isinstance(error, NotApplicableError):
             raise
         raise EvaluationError(
             f"{cell.defense}: {cell.method} failed on block {block} (samples {batch.indices[0]} .. {batch.indices[-1]} "

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from robustbench_lite.attacks.base import Attack
     from robustbench_lite.certify.base import Certifier
 
-__all__ = ["MODES", "Plan", "Task"]
+__all__ = ["MODES", "Plan", "Task", "with_own"]
 
 MODES = ("full", "cascade")
 CLEAN_VERSION = 1  # raise it when clean rows change their meaning
@@ -109,6 +109,22 @@ class Plan:
                 cell = _cell("certifier", certifier, None, {}, own)
                 tasks.append(Task(cell, certifier_method(subject, certifier, threat), place))
         return tasks
+
+
+def with_own(
+    model: Any, threats: list[Threat], attacks: list[Attack], certifiers: list[Certifier]
+) -> tuple[list[Attack], list[Certifier]]:
+    """Return the methods with those that a defense brings itself behind them; one that is given already comes once."""
+    adaptive, own = getattr(model, "adaptive_attacks", None), getattr(model, "certifiers", None)
+    more = [attack for threat in threats for attack in adaptive(threat)] if callable(adaptive) else []
+    proofs = list(own()) if callable(own) else []
+    return _joined(attacks, more), _joined(certifiers, proofs)
+
+
+def _joined(given: list[Any], more: list[Any]) -> list[Any]:
+    known = {canonical(spec(method)) for method in given}
+    fresh = {canonical(spec(method)): method for method in more}
+    return given + [method for text, method in fresh.items() if text not in known]
 
 
 def _cell(kind: str, method: Any, max_queries: int | None, settings: dict[str, Any], common: dict[str, Any]) -> Cell:

@@ -42,6 +42,7 @@ def train(
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 1,
     validation: Dataset | None = None,
+    calibration: Dataset | None = None,
     progress: bool = False,
 ) -> nn.Module:
     """Train `model` in place on `data` by `objective` and return the defense.
@@ -70,6 +71,7 @@ def train(
             names, which a lambda or local function has not.
         checkpoint_every: epochs between two checkpoints; the last epoch always writes one.
         validation: samples whose clean accuracy is logged after every epoch.
+        calibration: samples, none of them in `data`, that a defense sets its thresholds by.
         progress: whether to draw a progress bar on the standard error.
 
     Returns:
@@ -104,7 +106,7 @@ def train(
                 log.info(news)
         if run.optimizer is not None:
             run.optimizer.zero_grad()
-        return objective.finish(model.eval(), data, run.state).eval()
+        return objective.finish(model.eval(), data, run.state, calibration).eval()
 
 
 def _device(device: str | torch.device) -> torch.device:

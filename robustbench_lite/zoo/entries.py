@@ -16,8 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from robustbench_lite.core import registry
 from robustbench_lite.core.files import write_atomically
+from robustbench_lite.data import load_data
 from robustbench_lite.data.base import Dataset
+from robustbench_lite.defenses.base import Wrapper
 from robustbench_lite.models import create_model, load_model
 from robustbench_lite.zoo.cards import CARD, ROOT, WEIGHTS, card, entry_folder
 
@@ -27,21 +30,25 @@ MAX_BYTES = 1_000_000  # the package ships its weights: small nets, a megabyte e
 LIBRARIES = ("robustbench_lite", "torch", "torchvision", "numpy")
 
 
-def load_defense(name: str, device: str | torch.device = "cpu", *, root: Path | None = None) -> nn.Module:
+def load_defense(
+    name: str, device: str | torch.device = "cpu", *, root: Path | None = None, data_dir: str | Path | None = None
+) -> nn.Module:
     """Rebuild a defense from its card and its weights.
 
     Args:
         name: `<data>/<name>`, such as "mnist/ibp_0.3"; `names()` lists them.
         device: where the defense goes.
         root: another zoo's folder; default the package's own.
+        data_dir: folder of the data set that the entry was trained on, for a defense that needs it (neighbours);
+            default as in `load_data`.
 
     Returns:
         The defense in eval mode; its parameters still require gradients, as those of any new module.
 
     Raises:
         FileNotFoundError: the card has no weights beside it.
-        ValueError: no such entry, weights that are not those of the card or not safetensors, or a card whose model
-            does not fit them.
+        ValueError: no such entry, weights that are not those of the card or not safetensors, a card whose model does
+            not fit them, or training data that are not those of the card.
     """
     about = card(name, root=root)
     path = entry_folder(name, root=root) / WEIGHTS
@@ -54,7 +61,10 @@ def load_defense(name: str, device: str | torch.device = "cpu", *, root: Path | 
             f"{path} is not the file of its card: sha256 {found[:16]}..., the card says {promised[:16]}...; "
             "it was changed or only partly written: reinstall the package, or save the entry again"
         )
-    return _rebuild(about["model"], about["wrapper"], content, str(path)).to(device)
+    defense = _rebuild(about["model"], about["wrapper"], content, str(path)).to(device)
+    if isinstance(defense, Wrapper) and defense.needs_data:
+        defense.restore(_training_data(about["data"], data_dir))
+    return defense
 
 
 def save_entry(
@@ -99,7 +109,8 @@ def save_entry(
         raise ValueError(
             f"the weights of {name} take {len(content)} bytes, over the zoo's {MAX_BYTES}: use a smaller net"
         )
-    _rebuild(model, None, content, "the new weights")
+    wrapper = _wrapper_of(defense)
+    _rebuild(model, wrapper, content, "the new weights")
     about = {
         "name": name,
         "defense": description,
@@ -107,7 +118,7 @@ def save_entry(
         "license": "MIT",
         "data": {"name": data.name, "split": data.split, "samples": len(data), "content_hash": data.content_hash},
         "model": dict(model),
-        "wrapper": None,
+        "wrapper": wrapper,
         "command": command,
         "seed": seed,
         "epochs": epochs,
@@ -123,19 +134,53 @@ def save_entry(
     return folder
 
 
-def _rebuild(model: Mapping[str, Any], wrapper: object, content: bytes, where: str) -> nn.Module:
-    if wrapper is not None:
-        raise ValueError(f"{where}: this version of the package cannot rebuild the wrapper {wrapper}; upgrade it")
+def _wrapper_of(defense: nn.Module) -> dict[str, Any] | None:
+    """Return what rebuilds a wrapper around its net; None for a bare net."""
+    if not isinstance(defense, Wrapper):
+        return None
+    return {"_target_": f"{type(defense).__module__}.{type(defense).__qualname__}", **defense.settings()}
+
+
+def _training_data(about: Mapping[str, Any], data_dir: str | Path | None) -> Dataset:
+    """Return the samples that a card names.
+
+    Raises:
+        ValueError: the data at hand are others.
+    """
+    data = load_data(about["name"], split=about["split"], data_dir=data_dir).head(about["samples"])
+    if data.content_hash != about["content_hash"]:
+        raise ValueError(
+            f"the {about['split']} split of {about['name']} at hand is not the card's: content hash "
+            f"{data.content_hash}, the card says {about['content_hash']}; the defense compares with exactly those"
+        )
+    return data
+
+
+def _rebuild(model: Mapping[str, Any], wrapper: Mapping[str, Any] | None, content: bytes, where: str) -> nn.Module:
     try:
         weights: dict[str, Tensor] = load(content)
     except SafetensorError as error:
         raise ValueError(f"{where}: not a safetensors file ({error}); other formats are never loaded") from error
-    net = _build(model)
+    defense = _build(model) if wrapper is None else _wrapped(_build(model), wrapper, where)
     try:
-        net.load_state_dict(weights)
+        defense.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"{where}: the model {dict(model)} does not fit the weights: {error}") from error
-    return net.eval()
+    return defense.eval()
+
+
+def _wrapped(net: nn.Module, wrapper: Mapping[str, Any], where: str) -> nn.Module:
+    arguments = dict(wrapper)
+    target = arguments.pop("_target_")
+    try:
+        cls = registry.resolve(target)
+    except ImportError as error:
+        raise ValueError(
+            f"{where}: this version of the package cannot rebuild the wrapper {target}: {error}"
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, Wrapper)):
+        raise ValueError(f"{where}: {target} is no defenses.Wrapper")
+    return cls(net, **arguments)
 
 
 def _build(model: Mapping[str, Any]) -> nn.Module:

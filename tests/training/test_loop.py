@@ -138,7 +138,9 @@ class TwoDescents(Objective):
     def after_step(self, model: nn.Module, state: Any) -> None:
         state.weight.clamp_(-0.01, 0.01)
 
-    def finish(self, model: nn.Module, data: TrainingData, state: Any) -> nn.Module:
+    def finish(
+        self, model: nn.Module, data: TrainingData, state: Any, calibration: TrainingData | None = None
+    ) -> nn.Module:
         return nn.ModuleList([model, state])
 
 

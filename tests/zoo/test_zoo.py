@@ -13,6 +13,7 @@ import yaml
 from torch import nn
 
 from robustbench_lite.data.base import Dataset
+from robustbench_lite.defenses import Wrapper
 from robustbench_lite.models import MLP, create_model
 from robustbench_lite.zoo import card, load_defense, names, save_entry
 
@@ -176,3 +177,42 @@ def test_the_zoo_knows_no_other_names() -> None:
 
     with pytest.raises(AttributeError, match="has no attribute 'load'"):
         zoo.load  # noqa: B018
+
+
+class Remembering(Wrapper):
+    """A net shifted by the mean of the training images, which its weights file does not hold."""
+
+    needs_data = True
+
+    def __init__(self, net: nn.Module, strength: float = 1.0) -> None:
+        super().__init__()
+        self.net, self.strength = net, strength
+        self.mean = torch.tensor(torch.nan)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.net(x - self.strength * self.mean)
+        return answer
+
+    def restore(self, data: Any) -> None:
+        self.mean = data.images.mean()
+
+
+def test_a_wrapper_comes_back_with_its_settings_and_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = data()
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(
+        "robustbench_lite.zoo.entries.load_data", lambda name, **given: asked.update(given, name=name) or samples
+    )
+    defense = Remembering(net(), strength=0.5).eval()
+    defense.restore(samples)
+    save(tmp_path, "digits/mine", defense=defense, data=samples)
+    loaded = load_defense("digits/mine", root=tmp_path, data_dir="somewhere")
+    assert isinstance(loaded, Remembering)
+    assert loaded.strength == 0.5
+    assert asked == {"name": "digits", "split": "train", "data_dir": "somewhere"}
+    assert torch.equal(loaded(samples.images), defense(samples.images))
+
+    other = Dataset("digits", "train", torch.rand(12, 1, 8, 8), samples.labels, samples.indices, 10)
+    monkeypatch.setattr("robustbench_lite.zoo.entries.load_data", lambda name, **given: other)
+    with pytest.raises(ValueError, match="content hash"):
+        load_defense("digits/mine", root=tmp_path)

@@ -1,0 +1,65 @@
+"""One small, fitted specimen of each wrapper, for the contract battery."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from robustbench_lite.data.base import Dataset
+from robustbench_lite.defenses.base import Wrapper
+
+__all__ = ["CASES", "Case", "blobs", "fitted"]
+
+MODEL: dict[str, Any] = {"name": "mlp", "in_channels": 1, "image_size": 6, "num_classes": 3, "hidden": [16]}
+
+
+@dataclass(frozen=True)
+class Case:
+    """How to make a specimen.
+
+    Attributes:
+        make: the wrapper around a net.
+        model: config of the net (`_target_` or `name`, and arguments); images are (1, 6, 6), classes three.
+        calibrated: whether `fit` must be given calibration samples.
+        few: calibration samples that are too few; None: any number will do.
+    """
+
+    make: Callable[[nn.Module], Wrapper]
+    model: dict[str, Any] = field(default_factory=lambda: dict(MODEL))
+    calibrated: bool = False
+    few: int | None = None
+
+
+CASES: dict[str, Case] = {}
+"""By class name; a test sees to it that no public wrapper is missing."""
+
+
+def blobs(n: int = 120, split: str = "train", seed: int = 0) -> Dataset:
+    """Return images of three classes, each a bright square in a corner of its own, under noise."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % 3
+    x = 0.2 * torch.rand(n, 1, 6, 6, generator=generator)
+    for label, (row, column) in enumerate(((0, 0), (0, 3), (3, 1))):
+        x[y == label, :, row : row + 3, column : column + 3] += 0.6
+    return Dataset("blobs", split, x, y, torch.arange(n), 3)
+
+
+def fitted(name: str) -> Wrapper:
+    """Return the specimen of a wrapper, around a net that tells the blobs apart, in eval mode."""
+    from robustbench_lite.defenses import Deploy, StandardTraining
+    from robustbench_lite.training import train
+    from robustbench_lite.zoo.entries import _build
+
+    case = CASES[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = _build(case.model)
+    objective = Deploy(StandardTraining(), case.make)
+    calibration = blobs(90, "calibration", seed=1) if case.calibrated else None
+    defense = train(net, blobs(), objective, epochs=20, learning_rate=1e-2, device="cpu", calibration=calibration)
+    assert isinstance(defense, Wrapper)
+    return defense
