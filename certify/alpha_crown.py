@@ -44,7 +44,7 @@ class AlphaCROWN(LinearCertifier):
     def least(self, graph: Graph, model: nn.Module, region: Region, C: Tensor) -> Tensor:
         """Return lower bounds (B, S) of C z over a region; a bound above `tolerance` is not improved further."""
         net = LinearBounds(graph, model, region, C, memory_budget=self.memory_budget)
-        return self.improved(net, C, least_of(net, C))
+        return self.improved(net, C, least_of(net, C, net.final.lower))
 
     def improved(self, net: LinearBounds, C: Tensor, lower: Tensor) -> Tensor:
         """Return lower bounds (B, S) of C z, with slopes optimised where `lower` does not exceed `tolerance`."""

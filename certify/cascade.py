@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,9 @@ from robustbench_lite.core.threats import Lp
 
 __all__ = ["Cascade"]
 
+Improve = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Maps samples (n,), their specification (n, S, K) and bounds (n, S) to better bounds."""
+
 
 @dataclass(frozen=True)
 class Cascade(AlphaCROWN):
@@ -31,7 +35,8 @@ class Cascade(AlphaCROWN):
     methods hold together), or when the falsifier, which comes after IBP, finds it an adversarial example. So the set of
     certified samples contains those of all four methods. Sources: see the methods.
 
-    Where the smallest margin of a sample resists alpha-CROWN, the others are left as CROWN bounds them.
+    Where the smallest margin of a sample resists a method, its others are left as the methods before bound them; those
+    of the true label, where the prediction is another, are interval bounds.
 
     Attributes:
         most_neurons: undecided hidden neurons above which an image gets no more than CROWN-IBP: CROWN walks from each,
@@ -51,45 +56,62 @@ class Cascade(AlphaCROWN):
         self, model: nn.Module, x: Tensor, label: Tensor, threat: Lp, streams: Streams, num_classes: int
     ) -> Findings:
         """Return the margins, and the samples that the falsifier felled."""
-        rows = (label >= 0).nonzero().flatten()
-        margins = torch.full((len(x), num_classes), -torch.inf, dtype=torch.float64, device=x.device)
+        margins = self.losing(model, x, threat, label, num_classes)
+        rows = ((margins <= self.tolerance).any(dim=1) & (label >= 0)).nonzero().flatten()
         status = torch.full_like(label, int(Status.UNKNOWN))
-        intervals = IBP(self.tolerance)
-        if intervals.supports(threat):
-            margins[rows] = intervals.margins(model, x[rows], threat.take(rows), label[rows], num_classes)
-        rows = rows[~(margins[rows] > self.tolerance).all(dim=1)]
         aim = torch.full_like(label, ABSTAIN).index_copy(0, rows, label[rows])
         points, fallen = falsified(self.falsifier, model, x, aim, threat, streams)
         status[fallen] = int(Status.FALSIFIED)
         rows = rows[~fallen[rows]]
-        linear = self.margins(model, x[rows], threat.take(rows), label[rows], num_classes)
-        margins[rows] = torch.maximum(margins[rows], linear)
+        asked = margins[rows] <= self.tolerance
+        linear = self.margins(model, x[rows], threat.take(rows), label[rows], num_classes, asked)
+        margins[rows] = torch.where(asked, torch.maximum(margins[rows], linear), margins[rows])
         return Findings(margins, status, points)
+
+    def losing(self, model: nn.Module, x: Tensor, threat: Lp, label: Tensor, num_classes: int) -> Tensor:
+        """Return interval bounds (B, K) of the margins of `label`; -inf where there are none."""
+        intervals = IBP(self.tolerance)
+        if intervals.supports(threat):
+            return intervals.margins(model, x, threat, label, num_classes)
+        margins = torch.full((len(x), num_classes), -torch.inf, dtype=torch.float64, device=x.device)
+        rows = (label >= 0).nonzero().flatten()
+        return margins.index_put((rows, label[rows]), margins.new_tensor(torch.inf))
 
     def least(self, graph: Graph, model: nn.Module, region: Region, C: Tensor) -> Tensor:
         """Return lower bounds (B, S) of C z over a region by CROWN-IBP, CROWN and alpha-CROWN."""
-        net = LinearBounds(graph, model, region, C, tighten=False, memory_budget=self.memory_budget)
-        found = least_of(net, C)
+        cheap = LinearBounds(graph, model, region, C, tighten=False, memory_budget=self.memory_budget)
+
+        def by_crown_ibp(rows: Tensor, C: Tensor, lower: Tensor) -> Tensor:
+            return least_of(cheap.take(rows), C, lower)
+
+        found = self._worst_first(cheap.final.lower, C, by_crown_ibp)
         rows = self._undecided(found, C)
         if self.most_neurons is not None:
-            rows = rows[net.undecided()[rows] <= self.most_neurons]
+            rows = rows[cheap.undecided()[rows] <= self.most_neurons]
         if len(rows):
             net = LinearBounds(graph, model, region.take(rows), C[rows], memory_budget=self.memory_budget)
-            lower = torch.maximum(found[rows], least_of(net, C[rows]))
-            found[rows] = self._worst_first(net, C[rows], lower)
+
+            def by_ascent(rows: Tensor, C: Tensor, lower: Tensor) -> Tensor:
+                return self.improved(net.take(rows), C, lower)
+
+            lower = torch.maximum(found[rows], net.final.lower)
+            lower = least_of(net, self._unproven(lower, C[rows]), lower)
+            found[rows] = self._worst_first(lower, C[rows], by_ascent)
         return found
 
-    def _worst_first(self, net: LinearBounds, C: Tensor, lower: Tensor) -> Tensor:
-        """Return bounds (B, S) improved by alpha-CROWN: other margins only where the worst one could be proven."""
-        rows = self._undecided(lower, C)
+    def _worst_first(self, lower: Tensor, C: Tensor, improve: Improve) -> Tensor:
+        """Return bounds (B, S) improved where they prove nothing; all but the worst only where that could be proven."""
+        rows, lower = self._undecided(lower, C), lower.clone()
         worst = lower[rows].masked_fill((C[rows] == 0).all(dim=-1), torch.inf).argmin(dim=1)
-        first = lower[rows, worst].unsqueeze(1)
-        first = self.improved(net.take(rows), C[rows, worst].unsqueeze(1), first)
-        lower = lower.clone()
-        lower[rows, worst] = first.squeeze(1)
-        rows = rows[(first > self.tolerance).squeeze(1)]
-        lower[rows] = self.improved(net.take(rows), C[rows], lower[rows])
+        first = improve(rows, C[rows, worst].unsqueeze(1), lower[rows, worst].unsqueeze(1)).squeeze(1)
+        lower[rows, worst] = first
+        rows = rows[first > self.tolerance]
+        lower[rows] = improve(rows, self._unproven(lower[rows], C[rows]), lower[rows])
         return lower
+
+    def _unproven(self, lower: Tensor, C: Tensor) -> Tensor:
+        """Return the specification with zeros in the place of what is proven."""
+        return C * (lower <= self.tolerance).unsqueeze(2)
 
     def _undecided(self, lower: Tensor, C: Tensor) -> Tensor:
         own = (C != 0).any(dim=-1)

@@ -86,7 +86,7 @@ class MarginCertifier(Certifier):
             verified, margins = (found.margins > self.tolerance).all(dim=1), found.margins
             wrong = (prediction != y).nonzero().flatten()
             if len(wrong):
-                true = self.margins(model, x[wrong], threat.take(wrong), y[wrong], num_classes)
+                true = self.losing(model, x[wrong], threat.take(wrong), y[wrong], num_classes)
                 margins = margins.index_copy(0, wrong, true)
         return self._certificate(verified, prediction, y, threat, margins, found)
 
@@ -96,14 +96,25 @@ class MarginCertifier(Certifier):
         """Return what is found out about these labels, int64 (B,); nothing about negative ones (abstentions)."""
         return Findings(self.margins(model, x, threat, label, num_classes))
 
-    def margins(self, model: nn.Module, x: Tensor, threat: Lp, label: Tensor, num_classes: int) -> Tensor:
-        """Return lower bounds (B, K) of z_label - z_j: +inf at j = label, -inf where nothing is known."""
+    def losing(self, model: nn.Module, x: Tensor, threat: Lp, label: Tensor, num_classes: int) -> Tensor:
+        """Return the margins of the true label where the prediction is another: for the record, nothing hangs on it."""
+        return self.margins(model, x, threat, label, num_classes)
+
+    def margins(
+        self, model: nn.Module, x: Tensor, threat: Lp, label: Tensor, num_classes: int, asked: Tensor | None = None
+    ) -> Tensor:
+        """Return lower bounds (B, K) of z_label - z_j: +inf at j = label, -inf where nothing is known.
+
+        Only margins `asked` for, bool (B, K), need be bounded.
+        """
         margins = torch.full((len(x), num_classes), -torch.inf, dtype=torch.float64, device=x.device)
         rows = (label >= 0).nonzero().flatten()
         if len(rows):
             unit = torch.eye(num_classes, dtype=torch.float64, device=x.device)
             chosen = unit[label[rows]]
-            found = self.lower_margins(model, x[rows].double(), threat.take(rows), chosen.unsqueeze(1) - unit)
+            C = chosen.unsqueeze(1) - unit
+            C = C if asked is None else C * asked[rows].unsqueeze(2)
+            found = self.lower_margins(model, x[rows].double(), threat.take(rows), C)
             margins[rows] = torch.where(chosen.bool(), torch.inf, found.nan_to_num(-torch.inf, torch.inf, -torch.inf))
         return margins
 
