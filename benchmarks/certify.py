@@ -206,6 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default="speed,scaling,memory,mnist", help="of: " + ", ".join(ROWS))
     parser.add_argument("--images", type=int, default=100, help="of mnist (all: 10000) and wide")
+    parser.add_argument("--timed", type=int, default=500, help="mnist: images over which times are taken")
     parser.add_argument("--nets", default="", help="mnist: only nets whose name contains this")
     parser.add_argument("--eps", default="0.1,0.3", help="mnist: budgets")
     parser.add_argument("--repeat", type=int, default=15, help="runs of a cell of speed and wide")
