@@ -12,7 +12,8 @@ from robustbench_lite.core.rng import Streams
 from robustbench_lite.data import load_data
 from robustbench_lite.data.base import Dataset
 from robustbench_lite.defenses.base import Batch, Step
-from robustbench_lite.defenses.ibp_training import IBPTraining, margins_specification, worst_case_cross_entropy
+from robustbench_lite.defenses.certified_training import margins_specification, worst_case_cross_entropy
+from robustbench_lite.defenses.ibp_training import IBPTraining
 from robustbench_lite.defenses.standard import StandardTraining
 from robustbench_lite.training import train
 
@@ -97,8 +98,8 @@ def test_the_bounds_are_cut_by_the_images_range() -> None:
     model[1].weight.copy_(torch.tensor([[0.0], [1.0]]))
     x = torch.full((1, 1, 1, 1), 0.9)
     specification = margins_specification(torch.tensor([0]), 2)
-    assert float(IBPTraining(0.3).upper(model, x, 1.0, specification)) == pytest.approx(1.0)
-    assert float(IBPTraining(0.3, bounds=(0.0, 5.0)).upper(model, x, 1.0, specification)) == pytest.approx(1.2)
+    assert float(upper(IBPTraining(0.3), model, x, 1.0, specification)) == pytest.approx(1.0)
+    assert float(upper(IBPTraining(0.3, bounds=(0.0, 5.0)), model, x, 1.0, specification)) == pytest.approx(1.2)
 
 
 def test_batch_norm_enters_with_its_running_statistics_and_the_clean_pass_moves_them() -> None:
@@ -113,11 +114,15 @@ def test_batch_norm_enters_with_its_running_statistics_and_the_clean_pass_moves_
     assert model[1].training
 
 
+def upper(objective: IBPTraining, model: nn.Module, x: torch.Tensor, share: float, C: torch.Tensor) -> torch.Tensor:
+    return objective.upper(model, objective.ball(x, share), C, share)
+
+
 def certified(model: nn.Module, data: Dataset, eps: float) -> float:
     with torch.no_grad():
         specification = margins_specification(data.labels, data.num_classes)
-        upper = IBPTraining(eps).upper(model, data.images, 1.0, specification)
-    return float((upper.max(dim=1).values < 0).float().mean())
+        worst = upper(IBPTraining(eps), model, data.images, 1.0, specification).max(dim=1).values
+    return float((worst < 0).float().mean())
 
 
 def test_it_certifies_what_standard_training_does_not() -> None:
@@ -152,12 +157,12 @@ def test_bad_arguments_are_refused(message: str, make: Callable[[], Any]) -> Non
 
 def test_images_that_rounding_carried_out_of_their_range_have_a_box() -> None:
     x, specification = torch.full((1, 1, 3, 3), 1 + 5e-7), margins_specification(torch.tensor([0]), CLASSES)
-    assert IBPTraining(0.1).upper(tiny(), x, 1e-7, specification).isfinite().all()
+    assert upper(IBPTraining(0.1), tiny(), x, 1e-7, specification).isfinite().all()
 
 
 def test_eps_may_be_a_fraction() -> None:
     x = torch.full((1, 1, 3, 3), 0.5)
     specification = margins_specification(torch.tensor([0]), CLASSES)
     model = tiny()
-    bounds = [IBPTraining(eps).upper(model, x, 1.0, specification) for eps in ("1/10", 0.1)]
+    bounds = [upper(IBPTraining(eps), model, x, 1.0, specification) for eps in ("1/10", 0.1)]
     assert torch.equal(*bounds)
