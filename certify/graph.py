@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,31 +24,57 @@ from robustbench_lite.certify.traces import Trace
 __all__ = ["graph_of"]
 
 
+_INTERNAL = frozenset(vars(nn.Module()))
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class _Seen:
+    """What a trace may have read of a module besides its tensors: plain attributes, and how many hooks."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name, self.module = name, weakref.ref(module)
+        attributes = vars(module)
+        self.size, self.hooks = len(attributes), _hooks(module)
+        # Of what cannot change it is enough to see that it is the same object.
+        self.fixed = [(k, v) for k, v in attributes.items() if k not in _INTERNAL and _is_fixed(v)]
+        self.others = [(k, _snapshot(v)) for k, v in attributes.items() if k not in _INTERNAL and not _is_fixed(v)]
+
+    def fits(self, name: str, module: nn.Module) -> bool:
+        """Say whether it is the same module in the same place, and nothing of that has changed."""
+        attributes = vars(module)
+        return (
+            self.module() is module
+            and self.name == name
+            and self.size == len(attributes)
+            and self.hooks == _hooks(module)
+            and all(attributes.get(key, self) is value for key, value in self.fixed)
+            and all(key in attributes and _snapshot(attributes[key]) == value for key, value in self.others)
+        )
+
+
 @dataclass(frozen=True)
 class _Kept:
     graphs: dict[tuple[int, ...], Graph]
-    modules: tuple[tuple[weakref.ref[nn.Module], str, dict[str, Any]], ...]
+    modules: list[_Seen]
 
     def fits(self, model: nn.Module) -> bool:
         now = list(model.named_modules())
         return len(now) == len(self.modules) and all(
-            kept == name and attributes == _attributes(module) and reference() is module
-            for (name, module), (reference, kept, attributes) in zip(now, self.modules, strict=True)
+            seen.fits(name, module) for (name, module), seen in zip(now, self.modules, strict=True)
         )
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Return what a trace may have read of a module besides its tensors: plain attributes, and how many hooks."""
-    plain = {name: _snapshot(value) for name, value in vars(module).items() if name not in _INTERNAL}
-    return plain | {"_hooks": (len(module._forward_hooks), len(module._forward_pre_hooks))}
+def _hooks(module: nn.Module) -> tuple[int, int]:
+    return len(module._forward_hooks), len(module._forward_pre_hooks)
 
 
-_INTERNAL = frozenset(vars(nn.Module()))
+def _is_fixed(value: object) -> bool:
+    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(map(_is_fixed, value)))
 
 
 def _snapshot(value: object) -> object:
     """Return a copy of numbers, text and containers of them; `...` stands for anything else."""
-    if isinstance(value, (bool, int, float, str, type(None))):
+    if isinstance(value, _PLAIN):
         return value
     if isinstance(value, (list, tuple)):
         return [_snapshot(part) for part in value]
@@ -84,8 +109,7 @@ def graph_of(model: nn.Module, x: Tensor, *, recheck: bool = False) -> Graph:
     model = uncompiled(model)
     kept = _KEPT.get(model)
     if kept is None or not kept.fits(model):
-        modules = tuple((weakref.ref(m), name, _attributes(m)) for name, m in model.named_modules())
-        kept = _KEPT[model] = _Kept({}, modules)
+        kept = _KEPT[model] = _Kept({}, [_Seen(name, module) for name, module in model.named_modules()])
     shape = tuple(x.shape[1:])
     if recheck and shape in kept.graphs and not _agrees(kept.graphs[shape], model, x):
         kept.graphs.clear()

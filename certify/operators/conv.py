@@ -117,10 +117,10 @@ def _both(node: Node, z: Interval, weight: Tensor, bias: Tensor | None) -> tuple
         return F.conv2d(z.centre, weight, bias, **fixed), F.conv2d(z.radius, weight.abs(), None, **fixed)
     window = {name: fixed[name] for name in ("stride", "padding", "dilation")}
     taps = F.unfold(torch.cat([z.centre, z.radius]), weight.shape[-2:], **window)
-    rows = weight.flatten(1)
-    images = torch.stack([rows, rows.abs()]).unsqueeze(1) @ taps.reshape(2, count, *taps.shape[1:])
-    centre, radius = images.reshape(2, count, *node.shape)
-    return centre if bias is None else centre + bias.reshape(-1, 1, 1), radius
+    rows = weight.flatten(1).expand(count, -1, -1)
+    centre, radius = rows @ taps[:count], rows.abs() @ taps[count:]
+    centre = centre if bias is None else centre + bias.unsqueeze(1)
+    return centre.reshape(count, *node.shape), radius.reshape(count, *node.shape)
 
 
 def _l2_gain(ball: Ball, weight: Tensor, node: Node) -> Tensor:
