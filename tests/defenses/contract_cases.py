@@ -11,6 +11,10 @@ from torch import nn
 
 from robustbench_lite.data.base import Dataset
 from robustbench_lite.defenses.base import Wrapper
+from robustbench_lite.defenses.input_noise import InputNoise
+from robustbench_lite.defenses.pixel_dp_classifier import PixelDPClassifier
+from robustbench_lite.defenses.smoothed_classifier import SmoothedClassifier
+from robustbench_lite.defenses.weight_noise import WeightNoise
 
 __all__ = ["CASES", "Case", "blobs", "fitted"]
 
@@ -63,3 +67,9 @@ def fitted(name: str) -> Wrapper:
     defense = train(net, blobs(), objective, epochs=20, learning_rate=1e-2, device="cpu", calibration=calibration)
     assert isinstance(defense, Wrapper)
     return defense
+
+
+CASES["SmoothedClassifier"] = Case(lambda net: SmoothedClassifier(net, 0.2, n=1000, draws=100))
+CASES["PixelDPClassifier"] = Case(lambda net: PixelDPClassifier(net, 0.3, layer="1", n=1000, draws=500))
+CASES["InputNoise"] = Case(lambda net: InputNoise(net, 0.2))
+CASES["WeightNoise"] = Case(lambda net: WeightNoise(net, 0.1))
