@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from robustbench_lite.core.checks import parse_number
-from robustbench_lite.core.threats import Lp, Threat
+from robustbench_lite.core.threats import Threat
+from robustbench_lite.defenses._examples import check_examples, examples, logits_of, part_of
 from robustbench_lite.defenses.base import Batch, Objective, Step
-from robustbench_lite.defenses.ramps import check_ramp, ramp
+from robustbench_lite.defenses.ramps import ramp
 
 if TYPE_CHECKING:
     from robustbench_lite.attacks.base import Attack
@@ -51,33 +50,29 @@ class AdversarialTraining(Objective):
     ramp: float = 0.0
 
     def __post_init__(self) -> None:
-        check_ramp(self.warmup, self.ramp)
+        check_examples(self.attack, self.threat, self.warmup, self.ramp)
         if not 0 <= self.mix < 1:
             raise ValueError(f"mix is the share of the clean loss, in [0, 1), got {self.mix:g}")
-        if isinstance(self.threat, Lp) and (self.threat.eps is None or isinstance(self.threat.eps, Tensor)):
-            raise ValueError(f"adversarial training needs a threat whose eps is one number, got {self.threat}")
-        if self.ramp > 0 and not isinstance(self.threat, Lp):
-            raise ValueError(f"only the eps of an Lp threat can be ramped, got {self.threat}; use ramp=0")
-        if not self.attack.supports(self.threat):
-            raise ValueError(f"{self.attack} does not support the threat {self.threat}")
 
     def loss(self, model: nn.Module, batch: Batch, step: Step, state: Any, streams: Streams) -> Tensor:
         """Return mix * CE(clean) + (1 - mix) * CE(adversarial)."""
         share = ramp(step.progress, self.warmup, self.ramp)
         if share == 0:
             return F.cross_entropy(model(batch.x).float(), batch.y)
-        x_adv = self.examples(model, batch, share, streams)
+        x_adv = self.examples(self.source(model, step, state), batch, share, streams)
         if self.mix == 0:
             return F.cross_entropy(model(x_adv).float(), batch.y)
-        # one pass over both halves: BatchNorm then sees the mixture that it must serve
-        clean, adversarial = model(torch.cat([batch.x, x_adv])).float().chunk(2)
-        return self.mix * F.cross_entropy(clean, batch.y) + (1 - self.mix) * F.cross_entropy(adversarial, batch.y)
+        clean, adversarial = logits_of(model, batch.x, x_adv)
+        return self.mixed(clean, adversarial, batch.y)
+
+    def source(self, model: nn.Module, step: Step, state: Any) -> nn.Module:
+        """Return the net that this step's examples are made on: the one in training."""
+        return model
 
     def examples(self, model: nn.Module, batch: Batch, share: float, streams: Streams) -> Tensor:
         """Return adversarial images (B, C, H, W) within `share` of the threat's eps."""
-        threat = self.threat
-        if share < 1 and isinstance(threat, Lp):
-            threat = replace(threat, eps=share * parse_number(threat.eps))  # type: ignore[arg-type]
-        generator = torch.Generator().manual_seed(streams.root)
-        found = self.attack(model, batch.x, batch.y, threat, stop="never", indices=batch.indices, generator=generator)
-        return found.x_adv.detach()
+        return examples(self.attack, model, batch, part_of(self.threat, share), streams)
+
+    def mixed(self, clean: Tensor, adversarial: Tensor, y: Tensor) -> Tensor:
+        """Return mix * CE(clean) + (1 - mix) * CE(adversarial) of logits (B, K)."""
+        return self.mix * F.cross_entropy(clean, y) + (1 - self.mix) * F.cross_entropy(adversarial, y)
