@@ -78,7 +78,7 @@ class CostSensitiveTraining(CertifiedTraining):
             return clean
         y = batch.y[seeds]
         box, specification = self.ball(batch.x[seeds], share), margins_specification(y, len(costs))
-        upper = output_bounds(model, box, method="ibp", C=specification)[1].float()
+        upper = output_bounds(model, box, method="ibp", C=specification)[1]
         return clean + self.alpha * cost_sensitive_loss(upper, y, costs)
 
 

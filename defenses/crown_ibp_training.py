@@ -71,4 +71,4 @@ def _upper_bounds(model: nn.Module, box: Box, specification: Tensor) -> tuple[Te
         below = -specification.to(x)
         net = LinearBounds(graph_of(model, x), uncompiled(model), Region(*box), below, tighten=False)
         linear = net.lower(net.graph.output, specification_rows(below, len(x))).reshape(below.shape[:2])
-        return -linear.maximum(net.final.lower).float(), -net.final.lower.float()
+        return -linear.maximum(net.final.lower), -net.final.lower

@@ -69,4 +69,4 @@ class IBPTraining(CertifiedTraining):
 
     def upper(self, model: nn.Module, box: Box, specification: Tensor, share: float) -> Tensor:
         """Return upper bounds (B, rows of the specification) over the box: here interval bounds, whatever the share."""
-        return output_bounds(model, box, method="ibp", C=specification)[1].float()
+        return output_bounds(model, box, method="ibp", C=specification)[1]

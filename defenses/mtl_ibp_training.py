@@ -72,5 +72,5 @@ class MTLIBPTraining(CertifiedTraining):
         if self.alpha == 0:
             return adversarial
         specification = margins_specification(batch.y, logits.shape[1])
-        upper = output_bounds(model, self.ball(batch.x, share), method="ibp", C=specification)[1].float()
+        upper = output_bounds(model, self.ball(batch.x, share), method="ibp", C=specification)[1]
         return (1 - self.alpha) * adversarial + self.alpha * worst_case_cross_entropy(upper)
