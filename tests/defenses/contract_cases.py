@@ -11,8 +11,13 @@ from torch import nn
 
 from robustbench_lite.data.base import Dataset
 from robustbench_lite.defenses.base import Wrapper
+from robustbench_lite.defenses.bit_depth import BitDepth
+from robustbench_lite.defenses.deep_knn import DeepKNN
 from robustbench_lite.defenses.input_noise import InputNoise
+from robustbench_lite.defenses.jpeg import JPEG
+from robustbench_lite.defenses.pixel_deflection import PixelDeflection
 from robustbench_lite.defenses.pixel_dp_classifier import PixelDPClassifier
+from robustbench_lite.defenses.random_resize_pad import RandomResizePad
 from robustbench_lite.defenses.smoothed_classifier import SmoothedClassifier
 from robustbench_lite.defenses.weight_noise import WeightNoise
 
@@ -73,3 +78,8 @@ CASES["SmoothedClassifier"] = Case(lambda net: SmoothedClassifier(net, 0.2, n=10
 CASES["PixelDPClassifier"] = Case(lambda net: PixelDPClassifier(net, 0.3, layer="1", n=1000, draws=500))
 CASES["InputNoise"] = Case(lambda net: InputNoise(net, 0.2))
 CASES["WeightNoise"] = Case(lambda net: WeightNoise(net, 0.1))
+CASES["DeepKNN"] = Case(lambda net: DeepKNN(net, k=10, calibration=60), calibrated=True, few=79)
+CASES["BitDepth"] = Case(lambda net: BitDepth(net, 4))
+CASES["JPEG"] = Case(lambda net: JPEG(net, 75))
+CASES["RandomResizePad"] = Case(lambda net: RandomResizePad(net, 1))
+CASES["PixelDeflection"] = Case(lambda net: PixelDeflection(net, 5, 1))
