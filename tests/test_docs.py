@@ -38,7 +38,7 @@ def test_the_attack_of_the_walkthrough_attacks(net, images):
     assert torch.equal(predict(net, result.x_adv) != predict(net, images), result.success)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/evaluate-my-model.md", "docs/certify.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/evaluate-my-model.md", "docs/certify.md", "docs/defenses.md"])
 def test_the_snippets_run(page, capsys):
     found = blocks(page, "python")
     assert found
