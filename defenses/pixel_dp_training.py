@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 __all__ = ["PIXEL_DP_NOISE", "PixelDPTraining"]
 
-PIXEL_DP_NOISE: dict[str, type[GaussianNoise] | type[LaplaceNoise]] = {"gaussian": GaussianNoise, "laplace": LaplaceNoise}
+PIXEL_DP_NOISE: dict[str, type[GaussianNoise] | type[LaplaceNoise]] = {
+    "gaussian": GaussianNoise,
+    "laplace": LaplaceNoise,
+}
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class ClearWinner:
     alpha: float
 
     def __post_init__(self) -> None:
-        if self._fewest(self.draws)[-1] > self.draws:
+        if self._fewest(self.draws) > self.draws:
             raise ValueError(
                 f"{self.draws} draws at alpha = {self.alpha:g} cannot tell any class from a tie, even if all agree: "
                 "raise draws"
@@ -64,16 +64,16 @@ class ClearWinner:
     @cached_property
     def fewest(self) -> Tensor:
         """int64 (draws + 1,): by the votes of the first two classes together, how many the first has to have."""
-        return torch.from_numpy(self._fewest(self.draws))
+        return torch.from_numpy(self._fewest(np.arange(self.draws + 1)))
 
     @cached_property
     def needed(self) -> float:
         """The probability of a class from which on one call answers it with probability at least 1 - alpha."""
-        enough = float(self._fewest(self.draws)[-1])
+        enough = float(self._fewest(self.draws))
         return float(betaincinv(enough, self.draws - enough + 1, 1 - self.alpha / 2))
 
-    def _fewest(self, draws: int) -> NDArray[np.int64]:
-        return 1 + np.asarray(binom.isf(self.alpha / 4, np.arange(draws + 1), 0.5), dtype=np.int64)
+    def _fewest(self, votes: int | NDArray[np.int64]) -> NDArray[np.int64]:
+        return 1 + np.asarray(binom.isf(self.alpha / 4, votes, 0.5), dtype=np.int64)
 
 
 @dataclass(frozen=True)
