@@ -18,6 +18,7 @@ from robustbench_lite.defenses.jpeg import JPEG
 from robustbench_lite.defenses.pixel_deflection import PixelDeflection
 from robustbench_lite.defenses.pixel_dp_classifier import PixelDPClassifier
 from robustbench_lite.defenses.random_resize_pad import RandomResizePad
+from robustbench_lite.defenses.nearest_neighbour import NearestNeighbour
 from robustbench_lite.defenses.smoothed_classifier import SmoothedClassifier
 from robustbench_lite.defenses.weight_noise import WeightNoise
 
@@ -83,3 +84,4 @@ CASES["BitDepth"] = Case(lambda net: BitDepth(net, 4))
 CASES["JPEG"] = Case(lambda net: JPEG(net, 75))
 CASES["RandomResizePad"] = Case(lambda net: RandomResizePad(net, 1))
 CASES["PixelDeflection"] = Case(lambda net: PixelDeflection(net, 5, 1))
+CASES["NearestNeighbour"] = Case(NearestNeighbour)

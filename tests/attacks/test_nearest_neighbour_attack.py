@@ -1,0 +1,147 @@
+"""The exact attack on 1-nearest neighbours: against a brute force, and against a solver of quadratic programmes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+from torch import Tensor, nn
+
+from robustbench_lite.attacks import NearestNeighbourAttack
+from robustbench_lite.core.errors import NotApplicableError
+from robustbench_lite.core.goals import Targeted
+from robustbench_lite.core.threats import Lp
+from robustbench_lite.data import load_data
+from robustbench_lite.data.base import Dataset
+from robustbench_lite.defenses import NearestNeighbour
+
+UNLIMITED = Lp("l2", None)
+
+
+def fitted(n: int, size: int, seed: int = 0) -> NearestNeighbour:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(n, 1, size, size, generator=generator)
+    data = Dataset("noise", "train", images, torch.arange(n) % 3, torch.arange(n), 3)
+    defense = NearestNeighbour(nn.Identity()).eval()
+    defense.fit(data)
+    return defense
+
+
+def queries(n: int, size: int, edge: float = 0.0) -> Tensor:
+    """Return images; `edge` is the share of pixels at a bound."""
+    generator = torch.Generator().manual_seed(7)
+    x = torch.rand(n, 1, size, size, generator=generator)
+    pinned = torch.rand(x.shape, generator=generator) < edge
+    return torch.where(pinned, x.round(), x)
+
+
+def exact(defense: NearestNeighbour, x: Tensor, y: int) -> float:
+    """Return the distance to the nearest image with a label other than y, by a solver, cell by cell."""
+    points, labels = defense.points.double().numpy(), defense.reference_labels.numpy()
+    own, best, image = points[labels == y], np.inf, x.double().flatten().numpy()
+    for other in points[labels != y]:
+        normals, offsets = own - other, ((own**2).sum(axis=1) - (other**2).sum()) / 2
+        cell = {"type": "ineq", "fun": lambda p, a=normals, b=offsets: b - a @ p, "jac": lambda _, a=normals: -a}
+        found = minimize(
+            lambda p: ((p - image) ** 2).sum(), other, jac=lambda p: 2 * (p - image), bounds=[(0, 1)] * len(image),
+            constraints=[cell], method="SLSQP", options={"ftol": 1e-12, "maxiter": 300},
+        )  # fmt: skip
+        best = min(best, float(np.linalg.norm(found.x - image)))
+    return best
+
+
+@pytest.mark.parametrize("edge", [0.0, 0.5])
+def test_it_finds_the_exact_distance(edge: float) -> None:
+    defense, x = fitted(30, 3), queries(8, 3, edge)
+    y = defense.predict(x)
+    found = NearestNeighbourAttack(ascents=200)(defense, x, y, UNLIMITED)
+    assert found.success.all()
+    for image, label, distance in zip(x, y.tolist(), found.distance.tolist(), strict=True):
+        best = exact(defense, image, label)
+        assert best - 1e-5 <= distance <= best + 1e-3
+    assert (((found.x_adv - 0.5).abs() > 0.4999).double().mean() > 0.1) == (edge > 0)
+
+
+def test_a_bound_says_which_cells_to_leave_out() -> None:
+    defense, x = NearestNeighbour(nn.Identity()), load_data("digits").images[:20]
+    defense.fit(load_data("digits", split="train").head(400))
+    y = defense.predict(x)
+    some, all_ = (NearestNeighbourAttack(cells=cells)(defense, x, y, UNLIMITED) for cells in (40, 400))
+    assert torch.equal(some.distance, all_.distance)
+    assert (all_.forwards < 40 * 8 / 2).double().mean() > 0.9  # most cells were never tried
+    one = NearestNeighbourAttack(cells=1)(defense, x, y, UNLIMITED)
+    assert (one.distance >= all_.distance).all()
+    assert (one.distance > all_.distance).any()
+
+
+def test_with_a_budget_it_succeeds_where_the_distance_allows() -> None:
+    defense, x = fitted(60, 4), queries(20, 4)
+    y = defense.predict(x)
+    distance = NearestNeighbourAttack(cells=60)(defense, x, y, UNLIMITED).distance
+    eps = float(distance.median())
+    found = NearestNeighbourAttack(cells=60)(defense, x, y, Lp("l2", eps))
+    assert torch.equal(found.success, distance <= eps)
+    each = NearestNeighbourAttack(cells=60)(defense, x, y, Lp("l2", distance + 1e-4))
+    assert each.success.all()
+
+
+def test_a_batch_of_n_is_n_batches_of_one_in_blocks_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    defense, x = fitted(60, 4).double(), queries(6, 4).double()
+    y, attack = defense.predict(x), NearestNeighbourAttack()
+    whole = attack(defense, x, y, UNLIMITED)
+    for row in range(6):
+        one = attack(defense, x[row : row + 1], y[row : row + 1], UNLIMITED)
+        assert torch.allclose(one.x_adv[0], whole.x_adv[row], atol=1e-10)
+        assert one.forwards[0] == whole.forwards[row]
+    monkeypatch.setattr("robustbench_lite.attacks.nearest_neighbour_attack.BLOCK", 120)
+    again = attack(defense, x, y, UNLIMITED, memory_budget=5000)
+    assert torch.allclose(again.x_adv, whole.x_adv, atol=1e-10)
+    assert torch.equal(again.forwards, whole.forwards)
+
+
+@pytest.mark.parametrize("budget", [1, 2, 9, 10, 20])
+def test_budgets_are_kept(budget: int) -> None:
+    defense, x = fitted(60, 4), queries(6, 4)
+    found = NearestNeighbourAttack()(defense, x, defense.predict(x), UNLIMITED, max_queries=budget)
+    assert (found.forwards <= budget).all()
+    assert found.success.any() == (budget >= 10)
+
+
+def test_a_target_is_reached_at_the_nearest_of_its_cells() -> None:
+    defense, x = fitted(60, 4), queries(9, 4)
+    y = defense.predict(x)
+    targeted = [NearestNeighbourAttack(cells=60)(defense, x, Targeted((y + k) % 3), UNLIMITED) for k in (1, 2)]
+    assert all(found.success.all() for found in targeted)
+    nearest = torch.minimum(targeted[0].distance, targeted[1].distance)
+    free = NearestNeighbourAttack(cells=60)(defense, x, y, UNLIMITED)
+    assert torch.allclose(free.distance, nearest, atol=1e-3)
+
+
+def test_other_bounds_are_kept() -> None:
+    defense = fitted(40, 3)
+    defense.points = 3 * defense.points - 1
+    x = 3 * queries(6, 3, 0.5) - 1
+    threat = Lp("l2", None, (-1.0, 2.0))
+    found = NearestNeighbourAttack()(defense, x, defense.predict(x), threat)
+    assert found.success.all()
+    assert threat.contains(found.x_adv, x).all()
+
+
+def test_defenses_threats_and_settings_that_do_not_fit_are_named() -> None:
+    class Two(NearestNeighbour):
+        k = 2
+
+    x, y = queries(3, 4), torch.zeros(3, dtype=torch.int64)
+    two = Two(nn.Identity())
+    two.fit(Dataset("noise", "train", queries(9, 4), torch.arange(9) % 3, torch.arange(9), 3))
+    with pytest.raises(NotApplicableError, match="DeepKNNAttack"):
+        NearestNeighbourAttack()(two, x, y, UNLIMITED)
+    with pytest.raises(NotApplicableError, match="Neighbours"):
+        NearestNeighbourAttack()(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), x, y, UNLIMITED)
+    assert not NearestNeighbourAttack().supports(Lp("linf", 0.3))
+    assert [type(found) for found in fitted(9, 3).adaptive_attacks(UNLIMITED)] == [NearestNeighbourAttack]
+    assert fitted(9, 3).adaptive_attacks(Lp("linf", 0.1)) == []
+    for name in ("cells", "rounds", "added", "ascents"):
+        with pytest.raises(ValueError, match=name):
+            NearestNeighbourAttack(**{name: 0})
