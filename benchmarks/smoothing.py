@@ -10,9 +10,10 @@
 image, a batch at a time, asks the net and counts on the host, as the published code does (there with batches of 1,000).
 The share of the top class must agree. `coverage` and `stopping` use a linear classifier whose probabilities are known.
 `curves` takes a net of the zoo, or trains one with Gaussian noise for each sigma ("gaussian": 256 hidden units, so that
-the curve is there in minutes). `certified` does the same for smoothed classifiers of the zoo, each with the sigma it was
-trained for: the certified accuracy of the literature, that of the answers as deployed (within the radius one call of
-`predict` is right with probability 1 - alpha), and the accuracy of those answers on the clean images.
+the curve is there in minutes).
+`certified` is about smoothed classifiers of the zoo, each with its own sigma: the certified accuracy of the literature,
+that of the answers as deployed (within the radius one call of `predict` is right with probability 1 - alpha), and the
+accuracy of those answers on the clean images.
 """
 
 from __future__ import annotations
