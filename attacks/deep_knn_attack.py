@@ -110,15 +110,27 @@ class DeepKNNAttack(Attack):
             slope = walk.guides.slope(oracle, walk.points, walk.rows, walk.halves, embedding)
             walk = self._step(oracle, walk, slope, step)
             if (step + 1) % self.judge_every == 0 or step + 1 == self.steps:
-                keep = oracle.still(walk.rows, oracle.judge_cost)
+                keep = oracle.still(walk.rows, self._verdict_price(oracle))
                 if len(keep):
-                    oracle.judge(walk.points[keep], walk.rows[keep])
+                    self._judge(oracle, walk.points[keep], walk.rows[keep])
                     won[walk.rows[keep]] |= oracle.verdict
         return won
 
     def _price(self, oracle: Oracle, step: int) -> int:
         """Forward passes of a step: a survey where one is due, the gradient, and a verdict."""
-        return 1 + oracle.judge_cost + (step % self.refresh == 0)
+        return 1 + self._verdict_price(oracle) + (step % self.refresh == 0)
+
+    @staticmethod
+    def _verdict_price(oracle: Oracle) -> int:
+        return 1 if oracle.threat.size is None else oracle.judge_cost
+
+    @staticmethod
+    def _judge(oracle: Oracle, points: Tensor, rows: Tensor) -> None:
+        """Put candidates forward; without a budget the distance ranks them, and their logits need not be paid."""
+        if oracle.threat.size is None:
+            oracle.labels(points, rows)
+        else:
+            oracle.judge(points, rows)
 
     @torch.no_grad()
     def _step(self, oracle: Oracle, walk: _Walk, slope: Tensor, step: int) -> _Walk:

@@ -1,0 +1,112 @@
+"""Deep k-nearest neighbours: what its credibility tells apart, and what its own attack leaves of it.
+
+The net's own adversarial examples (FGSM at linf 0.25, Carlini and Wagner's l2), and those of `DeepKNNAttack` on the
+defense: the nearest that it accepts at its threshold, and the nearest that are as credible as half of the clean
+calibration images (a threshold with a false-positive rate of 50 %). One line a kind of input: accuracy of the net;
+accuracy of the neighbours; share of inputs that are wrong and accepted at the rate of 5 %; mean credibility; ROC-AUC of
+the credibility, clean against these; mean l2 distance, and the same over that of Carlini and Wagner's examples.
+
+    RBL_DATA=... python benchmarks/deep_knn.py --data digits --k 25 --calibration 100
+    RBL_DATA=... python benchmarks/deep_knn.py --data mnist --references 20000
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+from nets import DATA
+from rich.console import Console
+from rich.table import Table
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from robustbench_lite.attacks import FGSM, DeepKNNAttack, FoolboxAttack
+from robustbench_lite.core.models import predict
+from robustbench_lite.core.threats import Lp
+from robustbench_lite.data import load_data
+from robustbench_lite.defenses import DeepKNN
+from robustbench_lite.zoo import load_defense
+
+CARLINI_WAGNER = FoolboxAttack(
+    "L2CarliniWagnerAttack", binary_search_steps=6, steps=300, stepsize=0.02, initial_const=1.0
+)
+UNLIMITED = Lp("l2", None)
+COLUMNS = ("input", "net %", "neighbours %", "fooled %", "credibility", "AUC", "l2", "/ C&W", "s")
+
+
+def fitted(options: argparse.Namespace) -> DeepKNN:
+    """Return the defense around the zoo's undefended net."""
+    net = load_defense(f"{options.data}/standard").eval()
+    defense = DeepKNN(net, options.k, calibration=options.calibration, samples=options.references, trim=options.trim)
+    splits = (load_data(options.data, split=split, data_dir=DATA) for split in ("train", "calibration"))
+    defense.eval().fit(*splits)
+    return defense
+
+
+def examples(defense: DeepKNN, x: Tensor, y: Tensor, options: argparse.Namespace) -> dict[str, tuple[Tensor, float]]:
+    """Return the kinds of inputs, each with the seconds they took; where an attack fails, the clean image."""
+    held_out = load_data(options.data, split="calibration", data_dir=DATA)
+    attack = DeepKNNAttack(steps=options.steps, judge_every=options.judge_every)
+    found = {"clean": (x, 0.0)}
+
+    def add(name: str, work: object) -> None:
+        start = time.process_time()
+        found[name] = (work(), time.process_time() - start)  # type: ignore[operator]
+
+    add("FGSM linf 0.25", lambda: FGSM()(defense.net, x, y, Lp("linf", 0.25), stop="never").x_adv)
+    add("C&W l2", lambda: CARLINI_WAGNER(defense.net, x, y, UNLIMITED).x_adv)
+    for name, rate in (("DeepKNNAttack, accepted", 0.05), ("DeepKNNAttack, as credible", 0.5)):
+        defense.calibrate(held_out, rate)
+        add(name, lambda: attack(defense, x, y, UNLIMITED).x_adv)
+    defense.calibrate(held_out, 0.05)
+    return found
+
+
+@torch.no_grad()
+def table(defense: DeepKNN, x: Tensor, y: Tensor, options: argparse.Namespace) -> Table:
+    """Return the lines of all kinds of inputs."""
+    kinds = examples(defense, x, y, options)
+    clean = defense.credibility(x)
+    reference = UNLIMITED.distance(kinds["C&W l2"][0], x).mean()
+    lines = Table(*COLUMNS, title=f"{options.data}, {len(x)} images, k = {options.k}, "
+                  f"{len(defense.reference_labels)} references, threshold {1 - float(defense.threshold):.3f}")  # fmt: skip
+    for name, (points, seconds) in kinds.items():
+        credibility, answers = defense.credibility(points), predict(defense, points)
+        truth = [1] * len(x) + [0] * len(x)
+        area = roc_auc_score(truth, torch.cat([clean, credibility]).tolist())
+        distance = UNLIMITED.distance(points, x).mean()
+        lines.add_row(
+            name,
+            f"{100 * (predict(defense.net, points) == y).double().mean():.1f}",
+            f"{100 * (defense(points).argmax(dim=1) == y).double().mean():.1f}",
+            f"{100 * ((answers >= 0) & (answers != y)).double().mean():.1f}",
+            f"{credibility.mean():.3f}",
+            f"{area:.3f}",
+            f"{distance:.3f}",
+            f"{distance / reference:.2f}",
+            f"{seconds:.0f}",
+        )
+    return lines
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="digits", choices=["digits", "mnist"])
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--k", type=int, default=75)
+    parser.add_argument("--calibration", type=int, default=750, help="of digits' 200: 100")
+    parser.add_argument("--references", type=int, help="training images, the first ones; all where not given")
+    parser.add_argument("--trim", action="store_true")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--judge-every", type=int, default=20)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    test = load_data(options.data, data_dir=DATA).sample(options.images, seed=0)
+    Console(width=120).print(table(fitted(options), test.images, test.labels, options))
+
+
+if __name__ == "__main__":
+    main()
