@@ -13,6 +13,9 @@ from robustbench_lite.data.base import Dataset
 from robustbench_lite.defenses.base import Wrapper
 from robustbench_lite.defenses.bit_depth import BitDepth
 from robustbench_lite.defenses.deep_knn import DeepKNN
+from robustbench_lite.defenses.deep_rbf import DeepRBF
+from robustbench_lite.defenses.dustbin import Dustbin
+from robustbench_lite.defenses.gaussian_process_head import GaussianProcessHead
 from robustbench_lite.defenses.input_noise import InputNoise
 from robustbench_lite.defenses.jpeg import JPEG
 from robustbench_lite.defenses.pixel_deflection import PixelDeflection
@@ -85,3 +88,6 @@ CASES["JPEG"] = Case(lambda net: JPEG(net, 75))
 CASES["RandomResizePad"] = Case(lambda net: RandomResizePad(net, 1))
 CASES["PixelDeflection"] = Case(lambda net: PixelDeflection(net, 5, 1))
 CASES["NearestNeighbour"] = Case(NearestNeighbour)
+CASES["DeepRBF"] = Case(DeepRBF, calibrated=True, few=19)
+CASES["Dustbin"] = Case(Dustbin, calibrated=True, few=19)
+CASES["GaussianProcessHead"] = Case(lambda net: GaussianProcessHead(net, size=60), calibrated=True, few=19)
