@@ -6,7 +6,6 @@ import copy
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import nn
@@ -98,9 +97,10 @@ def _trained(net: nn.Module, data: TrainingData, epochs: int, device: torch.devi
     order = torch.Generator().manual_seed(seed)
     net.train()
     for _ in range(epochs):
-        for rows in torch.randperm(len(data.labels), generator=order).split(BATCH_SIZE):
+        for rows in torch.split(torch.randperm(len(data.labels), generator=order), BATCH_SIZE):
             optimizer.zero_grad()
             logits = net(data.images[rows].to(device)).float()
-            cast(torch.Tensor, F.cross_entropy(logits, data.labels[rows].to(device))).backward()
+            loss = F.cross_entropy(logits, data.labels[rows].to(device))
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     return net

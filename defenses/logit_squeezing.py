@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -49,4 +50,5 @@ class LogitSqueezing(Objective):
         """Return the cross-entropy plus the weighted norm of the logits, both of noisy images."""
         x = batch.x + self.sigma * streams.normal(*batch.x.shape[1:], dtype=batch.x.dtype)
         logits = model(x).float()
-        return F.cross_entropy(logits, batch.y) + self.weight * logits.norm(dim=1).mean()
+        norms: Tensor = torch.linalg.vector_norm(logits, dim=1)
+        return F.cross_entropy(logits, batch.y) + self.weight * norms.mean()
