@@ -49,7 +49,7 @@ class FarFrom(Untargeted):
 
 
 def _divergence(logits: Tensor, goal: Goal) -> Tensor:
-    return kl_divergence(cast(FarFrom, goal).clean.to(logits.dtype), logits)
+    return kl_divergence(cast(FarFrom, goal).clean, logits)
 
 
 @dataclass(frozen=True)

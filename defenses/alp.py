@@ -37,7 +37,7 @@ class ALP(AdversarialTraining):
         mix: the share of the clean loss; 0.5 is the original's mixed minibatch.
         warmup: share of the training on clean images alone.
         ramp: share of the training, after the warm-up, in which eps rises linearly from 0.
-        weight: of the pairing.
+        weight: of the pairing; the default is ours.
 
     Raises:
         ValueError: as in `AdversarialTraining`, or a negative weight.

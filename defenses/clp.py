@@ -31,7 +31,7 @@ class CLP(Objective):
     image has no partner. Noisy images are not cut to the range of the images.
 
     Args:
-        weight: of the pairing; the mean is over pairs and classes.
+        weight: of the pairing; the mean is over pairs and classes. The default is ours.
         sigma: standard deviation of the noise in the units of the images; 0: none.
 
     Raises:

@@ -70,8 +70,8 @@ class FastAdversarialTraining(AdversarialTraining):
     Source: Wong, Rice, Kolter, "Fast is better than free: Revisiting adversarial training", 2020, arXiv:2001.03994.
     Departures: their early stopping looks at a training batch after each epoch and stops at the first fall by 0.2; here
     the samples are held aside, and the training goes on, since nets may recover. As everywhere here, of start and end
-    of the step the point with the higher loss is learnt from, while theirs is the end, whatever its loss: where FGSM
-    begins to fail, its start is what the net meets, so that it overfits later. The optional warm-up and ramp.
+    of the step the point with the higher loss is learnt from (a wrong one before a right one), while theirs is the end,
+    whatever its loss. The optional warm-up and ramp.
 
     Args:
         attack: what finds the examples.
