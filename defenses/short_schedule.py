@@ -84,6 +84,16 @@ class ShortSchedule(Objective):
         hidden = relu_inputs(model, box)
         return loss + weight * (tightness_loss(box, hidden, self.tolerance) + balance_loss(hidden, self.tolerance))
 
+    def after_step(self, model: nn.Module, state: Any) -> None:
+        """Do what the objective does after a step."""
+        self.objective.after_step(model, state)
+
+    def finish(
+        self, model: nn.Module, data: TrainingData, state: Any, calibration: TrainingData | None = None
+    ) -> nn.Module:
+        """Return what the objective deploys."""
+        return self.objective.finish(model, data, state, calibration)
+
 
 @torch.no_grad()
 def rescale_for_intervals(model: nn.Module) -> None:

@@ -52,11 +52,12 @@ def test_between_them_it_is_their_convex_combination() -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
-def test_of_two_classes_a_linear_net_has_the_closed_form(alpha: float) -> None:
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_of_two_classes_a_linear_net_has_the_closed_form(alpha: float, share: float) -> None:
     """There the attack finds the worst case, and the interval bound is it."""
     model, b = linear(2), batch(classes=2)
-    loss = loss_at(MTLIBPTraining(0.2, alpha=alpha), model, b)
-    assert float(loss.detach()) == pytest.approx(worst_linear_loss(model, b, 0.2), rel=1e-5)
+    loss = loss_at(MTLIBPTraining(0.2, alpha=alpha, warmup=0.0, ramp=0.8), model, b, 0.8 * share)
+    assert float(loss.detach()) == pytest.approx(worst_linear_loss(model, b, share * 0.2), rel=1e-5)
 
 
 def test_batch_norm_sees_one_batch_a_step_whatever_alpha_is() -> None:
