@@ -64,14 +64,13 @@ def examples(defense: DeepKNN, x: Tensor, y: Tensor, options: argparse.Namespace
     return found
 
 
-@torch.no_grad()
 def table(defense: DeepKNN, x: Tensor, y: Tensor, options: argparse.Namespace) -> Table:
     """Return the lines of all kinds of inputs."""
     kinds = examples(defense, x, y, options)
     clean = defense.credibility(x)
     reference = UNLIMITED.distance(kinds["C&W l2"][0], x).mean()
-    lines = Table(*COLUMNS, title=f"{options.data}, {len(x)} images, k = {options.k}, "
-                  f"{len(defense.reference_labels)} references, threshold {1 - float(defense.threshold):.3f}")  # fmt: skip
+    about = f"k = {options.k}, {len(defense.reference_labels)} references, threshold {1 - float(defense.threshold):.3f}"
+    lines = Table(*COLUMNS, title=f"{options.data}, {len(x)} images, {about}")
     for name, (points, seconds) in kinds.items():
         credibility, answers = defense.credibility(points), predict(defense, points)
         truth = [1] * len(x) + [0] * len(x)

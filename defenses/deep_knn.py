@@ -5,10 +5,11 @@ Learning" (1803.04765).
 The activations of a layer, flattened, scaled to unit length and less their mean over the training set, are compared by
 Euclidean distance. The nonconformity of a class is the number of neighbours, over all layers, that belong to other
 classes; its p-value the share of held-out samples whose own label conforms no better.
-Departures: the search is exact (the paper hashes); the paper classifies by the largest p-value, and leaves open what
-happens where several are equal (often all are 0): the smaller nonconformity wins, then the smaller class. p-values
-never increase with nonconformity, so that this is the class with the most neighbours. Held-out samples are of two
-kinds: some give the p-values, the others the threshold of the rejection, which the paper does not have.
+Departures: the search is exact (the paper hashes, to which the mean matters; distances do not change with it, and here
+it only spares rounding). The paper classifies by the largest p-value, and leaves open what happens where several are
+equal (often all are 0): the smaller nonconformity wins, then the smaller class. p-values never increase with
+nonconformity, so that this is the class with the most neighbours. Held-out samples are of two kinds: some give the
+p-values, the others the threshold of the rejection, which the paper does not have.
 What it withstands: transferred and plain examples of the net. `DeepKNNAttack`, which pulls towards neighbours of
 another class, is the one to believe (Sitawarin and Wagner 2019, 1903.08333; 2020, 2003.06559).
 """
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from robustbench_lite.attacks._neighbours import nearest
 from robustbench_lite.attacks.deep_knn_attack import DeepKNNAttack
 from robustbench_lite.core.models import frozen
+from robustbench_lite.defenses._activations import activations, layer_names
 from robustbench_lite.defenses._soft_neighbours import SoftNeighbours
 from robustbench_lite.defenses.base import TrainingData
 from robustbench_lite.defenses.detector import CHUNK, Detector
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = ["DeepKNN"]
 
-LOGITS = "logits"  # the name of the net's own output among the layers
 UNUSED = -1.0  # what fills the scores that trimming leaves out: no nonconformity is that small
 
 
@@ -90,7 +90,7 @@ class DeepKNN(Detector):
         super().__init__(net, fpr)
         _check_counts(k, calibration, samples)
         self.k, self.calibration, self.samples, self.trim = k, calibration, samples, trim
-        self._names = _layer_names(net, layers)
+        self._names = layer_names(net, layers)
         self.layers = None if layers is None else self._names
         self.num_classes = 0
         self.register_buffer("scores", torch.full((calibration,), torch.nan))
@@ -116,27 +116,9 @@ class DeepKNN(Detector):
         Raises:
             RuntimeError: a layer that did not run exactly once, or gave no tensor.
         """
-        found: dict[str, Tensor] = {}
-
-        def keep(name: str, output: object) -> None:
-            if name in found or not isinstance(output, Tensor):
-                raise RuntimeError(f"layer {name!r} must give one tensor a pass: choose other layers=[...]")
-            found[name] = nn.functional.normalize(output.flatten(1), dim=1)
-
-        with ExitStack() as hooks:
-            modules = dict(self.net.named_modules())
-            for name in self._names:
-                if name != LOGITS:
-                    handle = modules[name].register_forward_hook(lambda _m, _x, output, name=name: keep(name, output))
-                    hooks.callback(handle.remove)
-            logits = self.net(x)
-        if LOGITS in self._names:
-            keep(LOGITS, logits)
-        missing = [name for name in self._names if name not in found]
-        if missing:
-            raise RuntimeError(f"layer {missing[0]!r} did not run: choose other layers=[...]")
+        found = activations(self.net, self._names, x)
         means = self._buffers_named("mean")
-        return [found[name] - mean for name, mean in zip(self._names, means, strict=True)]
+        return [nn.functional.normalize(part, dim=1) - mean for part, mean in zip(found, means, strict=True)]
 
     @torch.no_grad()
     def nonconformity(self, x: Tensor) -> Tensor:
@@ -298,19 +280,3 @@ def _check_counts(k: int, calibration: int, samples: int | None) -> None:
         raise ValueError(f"p-values need at least as many calibration samples as neighbours: {calibration} < k = {k}")
     if samples is not None and samples < k:
         raise ValueError(f"k = {k} neighbours need as many training samples, got samples = {samples}")
-
-
-def _layer_names(net: nn.Module, layers: Sequence[str] | None) -> list[str]:
-    modules = dict(net.named_modules())
-    if layers is None:
-        relus = [name for name, module in modules.items() if isinstance(module, nn.ReLU)]
-        if not relus:
-            raise ValueError(f"{type(net).__name__} has no nn.ReLU modules: name the layers=[...] to compare")
-        return [*relus, LOGITS]
-    if isinstance(layers, str) or not layers or len(set(layers)) < len(layers):
-        raise ValueError(f"layers must be different names of submodules, at least one, got {layers!r}")
-    for name in layers:
-        if name != LOGITS and (not name or name not in modules):
-            known = ", ".join(name for name in modules if name)
-            raise ValueError(f"the net has no layer {name!r}; it has: {known}, and 'logits' for its output")
-    return list(layers)

@@ -86,6 +86,9 @@ def test_nonconformities_are_those_of_the_paper() -> None:
     assert np.array_equal(found, by_hand(defense, x))
     assert len(np.unique(found)) > 8
     assert np.array_equal(found.sum(axis=1), np.full(60, 2 * 3 * 7))  # a neighbour is of another class for K - 1
+    for points, sizes in zip(defense.references, defense.sizes, strict=True):
+        assert points.mean(dim=0).abs().max() < 1e-6
+        assert torch.allclose(sizes, points.norm(dim=1) ** 2)
 
 
 def with_scores(scores: list[float], nonconformities: list[list[float]]) -> DeepKNN:
@@ -269,6 +272,18 @@ def test_faults_of_samples_are_named() -> None:
     bare.restore(data)
     with pytest.raises(ValueError, match="fit"):
         bare(data.images)
+
+
+def test_layers_that_work_in_place_change_nothing() -> None:
+    def net(inplace: bool) -> nn.Module:
+        torch.manual_seed(0)
+        layers = (nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Hardtanh(0, 0.1, inplace=inplace), nn.Linear(8, 3))
+        return nn.Sequential(*layers)
+
+    x = torch.rand(4, 1, 6, 6)
+    with torch.random.fork_rng(devices=[]):
+        found = [DeepKNN(net(inplace), k=1, calibration=1).embed(x)[0] for inplace in (False, True)]
+    assert torch.equal(*found)
 
 
 def test_a_layer_that_runs_twice_or_never_is_named() -> None:
