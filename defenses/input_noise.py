@@ -48,5 +48,5 @@ class InputNoise(Voting):
 
     def adaptive_attacks(self, threat: Threat) -> list[Attack]:
         """Return PGD on the soft classifier of fixed draws."""
-        attack = SmoothAdv()
+        attack = SmoothAdv(loss="margin")
         return [attack] if attack.supports(threat) else []

@@ -87,8 +87,8 @@ class SmoothedClassifier(Voting):
         return labels
 
     def adaptive_attacks(self, threat: Threat) -> list[Attack]:
-        """Return PGD on the smoothed soft classifier."""
-        attack = SmoothAdv()
+        """Return PGD on the smoothed soft classifier, under the margin loss: on digits it breaks more than cross-entropy."""
+        attack = SmoothAdv(loss="margin")
         return [attack] if attack.supports(threat) else []
 
     def certifiers(self) -> list[Certifier]:
