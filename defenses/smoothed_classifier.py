@@ -87,7 +87,7 @@ class SmoothedClassifier(Voting):
         return labels
 
     def adaptive_attacks(self, threat: Threat) -> list[Attack]:
-        """Return PGD on the smoothed soft classifier, under the margin loss: on digits it breaks more than cross-entropy."""
+        """Return PGD on the smoothed soft classifier; its margin loss breaks more digits than cross-entropy."""
         attack = SmoothAdv(loss="margin")
         return [attack] if attack.supports(threat) else []
 
