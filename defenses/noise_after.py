@@ -10,20 +10,20 @@ from torch import Tensor, nn
 __all__ = ["named_layer", "noise_after"]
 
 
-def named_layer(net: nn.Module, name: str) -> nn.Module:
-    """Return the module of this name.
+def named_layer(net: nn.Module, name: str | int) -> nn.Module:
+    """Return the module of this name, or of this number in a `Sequential`.
 
     Raises:
         ValueError: no module has it.
     """
     named: dict[str, nn.Module] = dict(net.named_modules())
-    if not name or name not in named:
+    if str(name) not in named or name == "":
         raise ValueError(f"no layer {name!r}; the net has {', '.join(layer for layer in named if layer)}")
-    return named[name]
+    return named[str(name)]
 
 
 @contextmanager
-def noise_after(net: nn.Module, layer: str | None, noise: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def noise_after(net: nn.Module, layer: str | int | None, noise: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Add `noise(t)` to the output t of a layer, or to the net's input where `layer` is None, inside this context.
 
     Raises:

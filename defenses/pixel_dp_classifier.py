@@ -37,7 +37,8 @@ class PixelDPClassifier(Voting):
     Args:
         net: trained through the same noise.
         scale: standard deviation of Gaussian noise, or b of Laplace noise, in the units of what it is added to.
-        layer: name of the module whose output it is added to, as in `named_modules`; None: the input.
+        layer: name of the module whose output it is added to, as in `named_modules`, or its number in a
+            `Sequential`; None: the input.
         noise: "gaussian" or "laplace".
         n0: draws that choose the class of a certificate.
         n: further draws, that measure the probabilities.
@@ -52,7 +53,7 @@ class PixelDPClassifier(Voting):
         self,
         net: nn.Module,
         scale: float,
-        layer: str | None = None,
+        layer: str | int | None = None,
         noise: str = "gaussian",
         n0: int = 100,
         n: int = 100_000,
@@ -60,7 +61,8 @@ class PixelDPClassifier(Voting):
         draws: int = 1000,
     ) -> None:
         super().__init__(net, draws)
-        self.scale, self.layer, self.noise, self.n0, self.n, self.alpha = scale, layer, noise, n0, n, alpha
+        self.scale, self.noise, self.n0, self.n, self.alpha = scale, noise, n0, n, alpha
+        self.layer = None if layer is None else str(layer)
         self.certifier  # noqa: B018  (it checks its settings)
         if layer is not None:
             named_layer(net, layer)

@@ -42,7 +42,8 @@ class PixelDPTraining(Objective):
 
     Args:
         scale: standard deviation of Gaussian noise, or b of Laplace noise, in the units of what it is added to.
-        layer: name of the module whose output it is added to, as in `named_modules`; None: the input.
+        layer: name of the module whose output it is added to, as in `named_modules`, or its number in a
+            `Sequential`; None: the input.
         noise: "gaussian" or "laplace".
         parseval: step b of the projection; 0 for none.
 
@@ -52,7 +53,7 @@ class PixelDPTraining(Objective):
     """
 
     scale: float
-    layer: str | None = None
+    layer: str | int | None = None
     noise: str = "gaussian"
     parseval: float = 3e-4
 

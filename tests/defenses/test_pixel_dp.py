@@ -60,17 +60,18 @@ def test_training_and_answer_add_the_same_noise_in_the_same_place(noise: str, la
     x, seen = at_distance([0.1]).expand(2000, 1, 2, 2), []
     defense = classifier(layer, noise)
     objective = PixelDPTraining(SCALE, layer, noise)
-    for model, ask in (
-        (defense.net, lambda: defense.draw(x)),
-        (HalfSpace(), lambda: objective.loss(model, Batch(x, torch.ones(2000).long(), torch.arange(2000)),
-                                             Step(0, 1, 0), None, Streams.from_generator(None, torch.arange(2000)))),
-    ):  # fmt: skip
-        torch.manual_seed(0)
-        lead: list[Tensor] = []
-        handle = model.register_forward_hook(lambda _, __, out, lead=lead: lead.append(out[:, 1].detach()))
+    batch = Batch(x, torch.ones(2000, dtype=torch.int64), torch.arange(2000))
+    streams = Streams.from_generator(None, batch.indices)
+    torch.manual_seed(0)
+    for ask in (
+        lambda: defense.draw(x),
+        lambda: objective.loss(defense.net, batch, Step(0, 1, 0), None, streams),
+    ):
+        leads: list[Tensor] = []
+        handle = defense.net.register_forward_hook(lambda _, __, out, leads=leads: leads.append(out[:, 1].detach()))
         ask()
         handle.remove()
-        seen.append(lead[0] - 0.4)  # the clean lead at 0.1 from the boundary: 2 * (4 * 0.55) - 4
+        seen.append(leads[0] - 0.4)  # the clean lead at 0.1 from the boundary: 2 * (4 * 0.55) - 4
     gain = 1.0 if layer else 2.0  # noise at the input is doubled by the layer
     for values in seen:
         four = law.rvs(scale=gain * SCALE, size=(200_000, 4), random_state=0).sum(axis=1)
@@ -214,6 +215,14 @@ def test_training_keeps_the_layer_near_norm_one_where_noise_would_have_it_grow()
 def test_bad_arguments_are_refused(message: str, make: Callable[[], Any]) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_layer_may_be_named_by_its_number() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    assert PixelDPClassifier(net, SCALE, 1).certifier.source == (GaussianNoise(SCALE), "1")
+    assert PixelDPTraining(SCALE, 0).setup(net, dataset()) is None
+    with pytest.raises(ValueError, match="no layer 2; the net has 0, 1"):
+        PixelDPTraining(SCALE, 2).setup(net, dataset())
 
 
 def test_it_says_how_to_rebuild_it() -> None:
