@@ -61,6 +61,8 @@ def test_boosted_cross_entropy_is_finite_where_a_wrong_class_is_certain() -> Non
 
 def test_the_loss_on_a_linear_net() -> None:
     model, b = linear(), batch()
+    with torch.no_grad():
+        model[1].weight.mul_(8)  # far enough apart that the two directions of the divergence differ
     loss = MART(Shift(), Lp("linf", 0.2), weight=2.5).loss(model, b, LAST, None, streams(b))
     with torch.no_grad():
         clean, moved = (softmax(model(x).double().numpy(), axis=1) for x in (b.x, b.x + 0.2))

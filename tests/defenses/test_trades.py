@@ -110,6 +110,13 @@ def test_examples_are_made_in_eval_mode_and_learnt_from_in_train_mode_in_one_pas
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
+def test_the_start_draws_from_the_streams_of_the_step() -> None:
+    model, b = small_net(), batch()
+    first, again, other = (TRADES(Lp("l2", 0.5)).examples(model, b, 1.0, streams(b, seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
 def test_warm_up_is_the_clean_loss() -> None:
     model, b = linear(), batch()
     loss = TRADES(Lp("linf", 0.1), warmup=0.2).loss(model, b, Step(10, 100, 0), None, streams(b))
