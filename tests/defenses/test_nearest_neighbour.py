@@ -122,6 +122,16 @@ def test_certificates_say_what_was_asked() -> None:
         NearestNeighbourCertificate(0)
 
 
+def test_the_radius_between_two_images_is_the_closed_form() -> None:
+    images = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.9, 0.5, 0.7, 0.3]]).reshape(2, 1, 2, 2)
+    defense = fitted(Dataset("two", "train", images, torch.tensor([0, 1]), torch.arange(2), 2))
+    x, y = torch.tensor([0.2, 0.2, 0.4, 0.4]).reshape(1, 1, 2, 2), torch.tensor([0])
+    lead = (0.49 + 0.09 + 0.09 + 0.01) - (0.01 + 0.01)  # |x - o|^2 - |x - s|^2, with o - s = (0.8, 0.3, 0.4, -0.1)
+    for norm, across in (("l2", (0.64 + 0.09 + 0.16 + 0.01) ** 0.5), ("linf", 1.6), ("l1", 0.8)):
+        radius = NearestNeighbourCertificate().radius(defense, x, y, norm)
+        assert radius.item() == pytest.approx(lead / (2 * across), rel=1e-6)
+
+
 def test_a_twin_with_another_label_is_no_proof() -> None:
     data = plane()
     twins = torch.cat([data.images, data.images[:1]])
