@@ -87,6 +87,30 @@ def look(objective: FastAdversarialTraining, model: nn.Module, state: Any, epoch
     objective.update(model, b, Step(epoch * 5, 1000, epoch), state, own, lambda _: None)
 
 
+def test_it_looks_once_before_each_epoch_but_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    monkeypatch.setattr(FastAdversarialTraining, "accuracy", lambda *_: looks.append(1) or 0.5)
+    model, objective = net(), fast()
+    state = objective.setup(model, digits("train", 400))
+    seen = []
+    for epoch in (0, 0, 1, 1, 2, 2):
+        look(objective, model, state, epoch)
+        seen.append(len(looks))
+    assert seen == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_checkpoint_holds_the_best_weights_and_when_they_were() -> None:
+    model, objective, data = net(), fast(), digits("train", 400)
+    state = objective.setup(model, data)
+    state.keep(net(1), 0.7, 3)
+    state.looked.fill_(5)
+    resumed = objective.setup(model, data)
+    resumed.load_state_dict(state.state_dict())
+    assert (float(resumed.accuracy), int(resumed.epoch), int(resumed.looked)) == (0.7, 3, 5)
+    assert torch.equal(resumed.best[1].weight, net(1)[1].weight)
+    assert not any(parameter.requires_grad for parameter in resumed.parameters())
+
+
 def test_the_best_weights_come_back_after_a_collapse(caplog: pytest.LogCaptureFixture) -> None:
     good, bad, objective, data = (
         trained(AdversarialTraining(PGD(steps=4), THREAT)),

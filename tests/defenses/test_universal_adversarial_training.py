@@ -60,16 +60,16 @@ def test_images_stay_in_range_and_those_that_were_cut_ask_for_no_step_further_ou
     model = linear()
     with torch.no_grad():
         model[1].weight.copy_(torch.tensor([[-1.0], [1.0], [1.0]]).expand(3, 9))  # the sign of the slope is known
-    x = torch.full((4, 1, 3, 3), 0.5)
-    x[:3] = 0.0
-    b = Batch(x, torch.tensor([1, 1, 1, 0]), torch.arange(4))
+    x = torch.zeros(9, 1, 3, 3)
+    x[8] = 0.5
+    b = Batch(x, torch.tensor([1] * 8 + [0]), torch.arange(9))
     seen: list[Tensor] = []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     objective = UniversalAdversarialTraining(0.2, step_size=0.05)
     state = objective.setup(model, Data())
     state["delta"].fill_(-0.1)
     update(objective, model, b, state)
-    # three black images ask to go darker, which they cannot; the grey one alone is heard, and asks to go brighter
+    # eight black images ask to go darker, which they cannot; the grey one alone is heard, and asks to go brighter
     torch.testing.assert_close(state["delta"], torch.full((1, 3, 3), -0.05))
     assert seen[0].min() == 0
 
