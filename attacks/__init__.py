@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a file that is not named her
     from robustbench_lite.attacks.boundary import Boundary as Boundary
     from robustbench_lite.attacks.boundary import LowFrequencyBoundary as LowFrequencyBoundary
     from robustbench_lite.attacks.bpda import BPDA as BPDA
+    from robustbench_lite.attacks.deep_knn_attack import DeepKNNAttack as DeepKNNAttack
     from robustbench_lite.attacks.difgsm import DIFGSM as DIFGSM
     from robustbench_lite.attacks.difgsm import InputDiversity as InputDiversity
     from robustbench_lite.attacks.ensemble import Ensemble as Ensemble
@@ -39,6 +40,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a file that is not named her
     from robustbench_lite.attacks.fmn import FMN as FMN
     from robustbench_lite.attacks.foolbox_attack import FoolboxAttack as FoolboxAttack
     from robustbench_lite.attacks.gallery import Gallery as Gallery
+    from robustbench_lite.attacks.hclu import HighConfidenceLowUncertainty as HighConfidenceLowUncertainty
     from robustbench_lite.attacks.hop_skip_jump import HopSkipJump as HopSkipJump
     from robustbench_lite.attacks.iterative import Ascent as Ascent
     from robustbench_lite.attacks.iterative import Autograd as Autograd
@@ -49,12 +51,14 @@ if TYPE_CHECKING:  # for type checkers and editors; a file that is not named her
     from robustbench_lite.attacks.low_frequency import LowFrequencyNES as LowFrequencyNES
     from robustbench_lite.attacks.low_frequency import LowFrequencyPGD as LowFrequencyPGD
     from robustbench_lite.attacks.mifgsm import MIFGSM as MIFGSM
+    from robustbench_lite.attacks.nearest_neighbour_attack import NearestNeighbourAttack as NearestNeighbourAttack
     from robustbench_lite.attacks.nes import NES as NES
     from robustbench_lite.attacks.nes_label_only import NESLabelOnly as NESLabelOnly
     from robustbench_lite.attacks.nes_partial_information import NESPartialInformation as NESPartialInformation
     from robustbench_lite.attacks.pgd import PGD as PGD
     from robustbench_lite.attacks.quick_auto_attack import QuickAutoAttack as QuickAutoAttack
     from robustbench_lite.attacks.random_noise import RandomNoise as RandomNoise
+    from robustbench_lite.attacks.rejection_aware import RejectionAware as RejectionAware
     from robustbench_lite.attacks.rotation_translation_grid import RotationTranslationGrid as RotationTranslationGrid
     from robustbench_lite.attacks.rotation_translation_pgd import RotationTranslationPGD as RotationTranslationPGD
     from robustbench_lite.attacks.rounding import survives_rounding as survives_rounding
@@ -64,6 +68,8 @@ if TYPE_CHECKING:  # for type checkers and editors; a file that is not named her
     from robustbench_lite.attacks.security_curve import SecurityCurve as SecurityCurve
     from robustbench_lite.attacks.security_curve import security_curve as security_curve
     from robustbench_lite.attacks.simba import SimBA as SimBA
+    from robustbench_lite.attacks.smooth_adv import SmoothAdv as SmoothAdv
+    from robustbench_lite.attacks.smooth_adv import SmoothedGradient as SmoothedGradient
     from robustbench_lite.attacks.spsa import SPSA as SPSA
     from robustbench_lite.attacks.square import Square as Square
     from robustbench_lite.attacks.stadv import STAdv as STAdv

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a file that is not named her
     from robustbench_lite.certify.crown import CROWNIBP as CROWNIBP
     from robustbench_lite.certify.curves import CertifiedAccuracy as CertifiedAccuracy
     from robustbench_lite.certify.curves import log_rank as log_rank
+    from robustbench_lite.certify.errors import CannotCertify as CannotCertify
     from robustbench_lite.certify.errors import UnsupportedOperator as UnsupportedOperator
     from robustbench_lite.certify.exact import Exact as Exact
     from robustbench_lite.certify.exact_margins import exact_margins as exact_margins
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a file that is not named her
     from robustbench_lite.certify.falsifier import Falsifier as Falsifier
     from robustbench_lite.certify.graph import graph_of as graph_of
     from robustbench_lite.certify.ibp import IBP as IBP
+    from robustbench_lite.certify.inside import Inside as Inside
     from robustbench_lite.certify.laplace_smoothing import LaplaceSmoothing as LaplaceSmoothing
     from robustbench_lite.certify.linear_bounds import LinearBounds as LinearBounds
     from robustbench_lite.certify.lines import Lines as Lines
