@@ -124,7 +124,8 @@ class _LogDistances(nn.Module):
         self.defense = defense
 
     def forward(self, x: Tensor) -> Tensor:
-        return -(-self.defense(x)).clamp_min(NEAR).log()
+        distances: Tensor = -self.defense(x)
+        return -distances.clamp_min(NEAR).log()
 
 
 @dataclass(frozen=True)
