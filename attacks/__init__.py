@@ -47,6 +47,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a file that is not named her
     from robustbench_lite.attacks.iterative import Estimator as Estimator
     from robustbench_lite.attacks.iterative import IterativeAttack as IterativeAttack
     from robustbench_lite.attacks.lagrangian import LagrangianAttack as LagrangianAttack
+    from robustbench_lite.attacks.latent_descent import LatentDescent as LatentDescent
     from robustbench_lite.attacks.local_variance import LocalVariance as LocalVariance
     from robustbench_lite.attacks.low_frequency import LowFrequencyNES as LowFrequencyNES
     from robustbench_lite.attacks.low_frequency import LowFrequencyPGD as LowFrequencyPGD

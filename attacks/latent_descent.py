@@ -56,7 +56,7 @@ class LatentDescent(Attack):
 
     def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
         """Walk, for the samples that still stand and can pay for a reconstruction and one candidate."""
-        ball, distances = cast(Lp, threat), _Distances(oracle.inside(Generative))
+        ball, distances = cast(Lp, threat), _Distances(oracle.inside(Generative))  # type: ignore[type-abstract]
         rows = oracle.standing(distances.cost + oracle.judge_cost)
         if len(rows) == 0:
             return oracle.best

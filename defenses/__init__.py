@@ -8,6 +8,11 @@ from typing import TYPE_CHECKING
 from robustbench_lite.core.exports import export_all
 
 if TYPE_CHECKING:  # for type checkers and editors; a file that is not named here is exported all the same
+    from robustbench_lite.defenses.abs import ABS as ABS
+    from robustbench_lite.defenses.abs import BinaryABS as BinaryABS
+    from robustbench_lite.defenses.abs import Explanation as Explanation
+    from robustbench_lite.defenses.abs_bound import ABSBound as ABSBound
+    from robustbench_lite.defenses.abs_training import ABSTraining as ABSTraining
     from robustbench_lite.defenses.adversarial_training import AdversarialTraining as AdversarialTraining
     from robustbench_lite.defenses.alp import ALP as ALP
     from robustbench_lite.defenses.base import Batch as Batch

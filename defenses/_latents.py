@@ -75,7 +75,8 @@ def best_fixed(fixed: list[FixedLatents], seen: Tensor, beta: float) -> Tensor:
 
 def within(z: Tensor, radius: float) -> Tensor:
     """Return latents (..., d), those longer than `radius` shortened to it."""
-    return z * (radius / torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min(radius))
+    length: Tensor = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    return z * (radius / length.clamp_min(radius))
 
 
 def draw_latents(count: int, size: int, drop: float, radius: float, seed: int) -> Tensor:
@@ -108,13 +109,13 @@ def fixed_latents(decoder: Decoders, count: int, *, drop: float, radius: float, 
     z = draw_latents(count, decoder.latent_size, drop, radius, seed)
     like = next((w for w in weights if w.is_floating_point()), z)
     with torch.inference_mode(False):  # for later calls, which may want gradients
-        chunks = [_decoded(decoder, part) for part in z.to(like.device, like.dtype).split(CHUNK)]
+        chunks = [_decoded(decoder, part) for part in torch.split(z.to(like.device, like.dtype), CHUNK)]
     _KEPT[decoder] = key, chunks
     return chunks
 
 
 def _decoded(decoder: Decoders, z: Tensor) -> FixedLatents:
-    many = z[:, None].expand(-1, decoder.num_classes, -1).split(AT_ONCE)
+    many = torch.split(z[:, None].expand(-1, decoder.num_classes, -1), AT_ONCE)
     images = torch.cat([decoder(part).flatten(2) for part in many])
     return FixedLatents(z, images, images.square().sum(dim=2))
 

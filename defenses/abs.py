@@ -46,14 +46,14 @@ class Explanation(NamedTuple):
 class ABS(Wrapper):
     """Invert every class's decoder G_c on the image, and compare how well it is explained.
 
-    l_c(x) = min_z [||x - G_c(z)||^2 + beta ||z||^2 / 2] / D over ||z|| <= radius, D values an image; logits are
-    -scale * l_c. The search for z starts at the best of a fixed set of latents, the same for all images and classes,
-    and goes on by Adam; the best point met counts. Each image is searched for by itself. The fixed latents are drawn
-    from a seed; what the decoders make of them (226 MB for 8000 on MNIST) is reckoned at the first call and kept.
-    A found energy is at most too large: the search may miss the minimum.
+    l_c(x) = min_z [||x - G_c(z)||^2 + beta ||z||^2 / 2] over ||z|| <= radius; logits are -scale * l_c. The search for z
+    starts at the best of a fixed set of latents, the same for all images and classes, and goes on by Adam; the best
+    point met counts. Each image is searched for by itself. The fixed latents are drawn from a seed; what the
+    decoders make of them (226 MB for 8000 on MNIST) is reckoned at the first call and kept. What the search finds
+    is never below the minimum, and may be above it.
 
     Gradients are those of the envelope theorem: at the inner minimum the derivative of l_c by z vanishes, hence
-    grad l_c = 2 (x - G_c(z)) / D with z held fixed. The published code cuts the gradient off instead.
+    grad l_c = 2 (x - G_c(z)) with z held fixed. The published code cuts the gradient off instead.
 
     Source: Schott, Rauber, Bethge, Brendel, "Towards the First Adversarially Robust Neural Network Model on MNIST",
     2018, arXiv:1805.09190, with the constants of its published code. Departures: 20 steps of 0.3 with shorter averages
@@ -69,7 +69,7 @@ class ABS(Wrapper):
         radius: largest length of a latent.
         drop: share of the fixed latents, the least likely, that is left out.
         beta: weight of the KL divergence ||z||^2 / 2.
-        scale: of the logits.
+        scale: of the logits; the published code's 440 is for MNIST's energies over 784 pixels.
         eta: of the `posterior`.
         seed: of the fixed latents.
 
@@ -89,7 +89,7 @@ class ABS(Wrapper):
         radius: float = 5.0,
         drop: float = 0.1,
         beta: float = 1.0,
-        scale: float = 440.0,
+        scale: float = 440 / 784,
         eta: float = 3.9e-5,
         seed: int = 0,
     ) -> None:
@@ -125,7 +125,7 @@ class ABS(Wrapper):
 
     def logits(self, seen: Tensor, explanation: Explanation) -> Tensor:
         """Return logits (B, K) for `seen` images, the explanation held fixed."""
-        return -self.scale / seen[0].numel() * self._energies(seen, explanation.latents, explanation.images)
+        return -self.scale * self._energies(seen, explanation.latents, explanation.images)
 
     def posterior(self, x: Tensor) -> Tensor:
         """Return p(c) = (exp(s_c) + eta) / (sum_j exp(s_j) + K eta) of the logits s: uniform far from all classes."""
@@ -150,7 +150,7 @@ class ABS(Wrapper):
             )
         with torch.inference_mode(False):  # the search needs gradients by the latents
             seen = self.seen(x.detach().clone() if x.is_inference() else x.detach())
-            parts = seen.split(AT_ONCE if x.device.type == "cpu" else AT_ONCE_ON_GPU)
+            parts = torch.split(seen, AT_ONCE if x.device.type == "cpu" else AT_ONCE_ON_GPU)
             found = [self._explained(part) for part in parts]
         return Explanation(*(torch.cat(values) for values in zip(*found, strict=True)))
 
@@ -211,7 +211,7 @@ class BinaryABS(ABS):
         radius: float = 5.0,
         drop: float = 0.1,
         beta: float = 1.0,
-        scale: float = 440.0,
+        scale: float = 440 / 784,
         eta: float = 3.9e-5,
         seed: int = 0,
     ) -> None:

@@ -30,11 +30,11 @@ FAR, UNBOUNDED_STEPS = 1e3, 50  # of the search without a bound on latents
 
 
 class Rivals(NamedTuple):
-    """What images are nearest to falling to.
+    """What images are nearest to falling to, class by class.
 
     Attributes:
-        radii: (B,), the estimate; 0 where the energies tie.
-        images: the reconstruction (B, C, H, W) of another class that gives it.
+        radii: (B, K), the least ratio found; +inf for the predicted class. The estimate is their minimum.
+        images: the reconstructions (B, K, C, H, W) that give them.
     """
 
     radii: Tensor
@@ -99,7 +99,7 @@ class ABSBound(Certifier):
         inside, norm = _inside(model), cast("Lp", threat).norm
         found = inside.explain(x)
         if self.form == "linear":
-            radii = self._rivals(inside, x, found, norm).radii
+            radii = self._rivals(inside, x, found, norm).radii.amin(dim=1).clamp_min(0)
         else:
             others = found.energies if self.form == "lipschitz" else _squared_distances(inside, x, found)
             radii = _by_lipschitz(found, others, x, norm)
@@ -120,9 +120,9 @@ class ABSBound(Certifier):
         return torch.zeros(len(x), dtype=torch.float64, device=x.device)
 
     def rivals(self, model: Model, x: Tensor, norm: str) -> Rivals:
-        """Return the estimates of the "linear" form with the reconstructions that they come from.
+        """Return what the "linear" form is the minimum of, with the reconstructions that it comes from.
 
-        The perturbation that the bound is about goes from the image along `Lp.steepest` of the rival less the
+        The perturbation that a ratio is about goes from the image along `Lp.steepest` of the rival less the
         reconstruction by the predicted class.
 
         Args:
@@ -142,7 +142,7 @@ class ABSBound(Certifier):
     @torch.no_grad()
     def _rivals(self, model: ABS, x: Tensor, found: Explanation, norm: str) -> Rivals:
         with torch.inference_mode(False):
-            rows = torch.arange(len(x), device=x.device).split(AT_ONCE)
+            rows = torch.split(torch.arange(len(x), device=x.device), AT_ONCE)
             parts = [
                 self._search(_Ratios(model, x[part].clone(), Explanation(*(v[part] for v in found)), DUAL[norm]))
                 for part in rows
@@ -150,7 +150,7 @@ class ABSBound(Certifier):
         return Rivals(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
     def _search(self, ratios: _Ratios) -> Rivals:
-        """Return the least ratio over the other classes and their latents, 0 where it is negative, and its image."""
+        """Return each class's least ratio over its latents, and the image that gives it."""
         model = ratios.model
         z = torch.cat([ratios.found.latents[:, None], self._starts(ratios)], dim=1)  # (b, starts + 1, K, d)
         best, least = descend(
@@ -160,10 +160,9 @@ class ABSBound(Certifier):
             learning_rate=self.learning_rate,
             radius=model.radius,
         )
-        least, at = least.view(len(z), -1).min(dim=1)
-        rows = torch.arange(len(z), device=z.device)
-        images = model.decoder(best).unflatten(0, z.shape[:2]).flatten(1, 2)[rows, at]
-        return Rivals(least.clamp_min(0), images)
+        least, at = least.view(z.shape[:3]).min(dim=1)  # (b, K)
+        chosen = best.view(z.shape).gather(1, at[:, None, :, None].expand(-1, 1, -1, z.shape[3])).squeeze(1)
+        return Rivals(least, model.decoder(chosen))
 
     def _starts(self, ratios: _Ratios) -> Tensor:
         """Return for each class the fixed latents of the least ratios, (b, starts, K, d)."""
@@ -223,7 +222,8 @@ def _by_lipschitz(found: Explanation, others: Tensor, x: Tensor, norm: str) -> T
     own = found.images[torch.arange(len(x), device=x.device), label]
     distance = (x - own).flatten(1).norm(dim=1)
     radii = ((other - energy) / (2 * (distance + other.sqrt()))).clamp_min(0)
-    return radii / math.sqrt(x[0].numel()) if norm == "linf" else radii
+    scaled: Tensor = radii / math.sqrt(x[0].numel()) if norm == "linf" else radii
+    return scaled
 
 
 @torch.no_grad()
@@ -235,10 +235,10 @@ def _squared_distances(model: ABS, x: Tensor, found: Explanation) -> Tensor:
 
     parts = []
     with torch.inference_mode(False):
-        for part in x.clone().split(AT_ONCE):
+        for part in torch.split(x.clone(), AT_ONCE):
             start = best_fixed(model.fixed_latents(), part, beta=0.0)
-            options = {"steps": UNBOUNDED_STEPS, "learning_rate": model.learning_rate, "radius": FAR}
-            parts.append(descend(partial(squared, part), start, **options)[1])
+            work = partial(squared, part)
+            parts.append(descend(work, start, steps=UNBOUNDED_STEPS, learning_rate=model.learning_rate, radius=FAR)[1])
     return torch.minimum(torch.cat(parts), squared(x, found.latents))
 
 

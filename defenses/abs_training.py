@@ -66,7 +66,7 @@ class ABSTraining(Objective):
     def loss(self, model: nn.Module, batch: Batch, step: Step, state: Any, streams: Streams) -> Tensor:
         """Return the mean over the batch of squared error and weighted KL divergence."""
         vaes, total = cast("_Autoencoders", model), batch.x.new_zeros(())
-        for label in batch.y.unique().tolist():
+        for label in sorted(set(batch.y.tolist())):
             own = batch.y == label
             x = batch.x[own]
             mean, log_variance = vaes.encode(x, label)

@@ -182,7 +182,8 @@ class ClassVAEs(nn.Module):
         """Return logits (B, K): for each class -(||x - G(z)||^2 + ||z||^2 / 2) at the mean z that its encoder names."""
         mean, _ = self.encoder(x)
         away = (self.decoder(mean) - x[:, None]).square().flatten(2).sum(dim=2)
-        return -(away + mean.square().sum(dim=2) / 2)
+        energy: Tensor = away + mean.square().sum(dim=2) / 2
+        return -energy
 
 
 def _convolutional(height: int, width: int) -> bool:

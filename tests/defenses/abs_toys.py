@@ -1,4 +1,4 @@
-"""Generative classifiers so small that brute force knows the answer."""
+"""Generative classifiers for tests: so small that brute force knows the answer, or trained in a second."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from robustbench_lite.defenses.abs import ABS
 
-__all__ = ["Curved", "Discrete", "around"]
+__all__ = ["Curved", "Discrete", "around", "explaining"]
 
 
 class Curved(nn.Module):
@@ -53,3 +53,12 @@ def around(decoder: nn.Module, cls: type[ABS] = ABS, **settings: Any) -> ABS:
     net = nn.Module()
     net.decoder = decoder
     return cls(net, **settings).eval()
+
+
+def explaining(net: nn.Module) -> nn.Module:
+    """Autoencoders that have learned the blobs of the contract battery."""
+    from robustbench_lite.defenses.abs_training import ABSTraining
+    from robustbench_lite.training import train
+    from tests.defenses.contract_cases import blobs
+
+    return train(net, blobs(), ABSTraining(), epochs=60, batch_size=60, learning_rate=1e-2, device="cpu")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from robustbench_lite.data.base import Dataset
+from robustbench_lite.defenses.abs import ABS, BinaryABS
 from robustbench_lite.defenses.base import Wrapper
 from robustbench_lite.defenses.bit_depth import BitDepth
 from robustbench_lite.defenses.deep_knn import DeepKNN
@@ -18,16 +19,19 @@ from robustbench_lite.defenses.dustbin import Dustbin
 from robustbench_lite.defenses.gaussian_process_head import GaussianProcessHead
 from robustbench_lite.defenses.input_noise import InputNoise
 from robustbench_lite.defenses.jpeg import JPEG
+from robustbench_lite.defenses.nearest_neighbour import NearestNeighbour
 from robustbench_lite.defenses.pixel_deflection import PixelDeflection
 from robustbench_lite.defenses.pixel_dp_classifier import PixelDPClassifier
 from robustbench_lite.defenses.random_resize_pad import RandomResizePad
-from robustbench_lite.defenses.nearest_neighbour import NearestNeighbour
 from robustbench_lite.defenses.smoothed_classifier import SmoothedClassifier
 from robustbench_lite.defenses.weight_noise import WeightNoise
+from tests.defenses.abs_toys import explaining
 
 __all__ = ["CASES", "Case", "blobs", "fitted"]
 
 MODEL: dict[str, Any] = {"name": "mlp", "in_channels": 1, "image_size": 6, "num_classes": 3, "hidden": [16]}
+
+VAES: dict[str, Any] = {"name": "class_vaes", "in_channels": 1, "image_size": 6, "num_classes": 3, "latent_size": 2}
 
 
 @dataclass(frozen=True)
@@ -91,3 +95,5 @@ CASES["NearestNeighbour"] = Case(NearestNeighbour)
 CASES["DeepRBF"] = Case(DeepRBF, calibrated=True, few=19)
 CASES["Dustbin"] = Case(Dustbin, calibrated=True, few=19)
 CASES["GaussianProcessHead"] = Case(lambda net: GaussianProcessHead(net, size=60), calibrated=True, few=19)
+CASES["ABS"] = Case(lambda net: ABS(explaining(net), latents=50, steps=2), model=VAES)
+CASES["BinaryABS"] = Case(lambda net: BinaryABS(explaining(net), latents=50, steps=2), model=VAES)

@@ -71,7 +71,7 @@ def test_at_the_best_explanations_alone_it_is_no_bound() -> None:
 
 
 def by_grid(model: ABS, x: Tensor, norm: str) -> Tensor:
-    """The least ratio over a grid of latents, (B,), the deployed explanations as they are."""
+    """The least ratio of each class over a grid of latents, (B, K), the deployed explanations as they are."""
     axis = torch.linspace(-5, 5, 401, dtype=torch.float64)[:, None]
     made = model.decoder(axis[:, None].expand(-1, 3, -1)).flatten(2).detach()
     found = model.explain(x)
@@ -80,8 +80,8 @@ def by_grid(model: ABS, x: Tensor, norm: str) -> Tensor:
         label = int(found.energies[row].argmin())
         energies = (made - one.flatten()).square().sum(dim=2) + axis.square() / 2
         apart = torch.linalg.vector_norm(made - found.images[row, label].flatten(), DUAL[norm], dim=2)
-        ratios = (energies - found.energies[row, label]) / (2 * apart)
-        radii.append(ratios[:, [c for c in range(3) if c != label]].min())
+        least = ((energies - found.energies[row, label]) / (2 * apart)).amin(dim=0)
+        radii.append(torch.where(torch.arange(3) == label, torch.inf, least))
     return torch.stack(radii)
 
 
@@ -89,17 +89,22 @@ def by_grid(model: ABS, x: Tensor, norm: str) -> Tensor:
 def test_the_search_finds_the_least_ratio(norm: str) -> None:
     model = around(Curved(latent_size=1), latents=30, steps=60, learning_rate=0.1)
     x = torch.rand(5, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    rivals = ABSBound(starts=3, steps=80, learning_rate=0.05).rivals(model, x, norm)
-    expected = by_grid(model, x, norm)
+    bound = ABSBound(starts=3, steps=80, learning_rate=0.05)
+    rivals, expected = bound.rivals(model, x, norm), by_grid(model, x, norm)
     assert torch.allclose(rivals.radii, expected, atol=2e-3)
-    certificate = ABSBound(starts=3, steps=80, learning_rate=0.05)(model, x, model.predict(x), Lp(norm, 0.1))
-    assert torch.equal(certificate.estimate, rivals.radii.double())
-    found = model.explain(x)  # the image that comes with a ratio gives it
-    label, rows = found.energies.argmin(dim=1), torch.arange(5)
-    apart = (rivals.images - found.images[rows, label]).flatten(1)
-    away = (rivals.images - x).flatten(1).square().sum(dim=1) - found.energies[rows, label]
-    kl = rivals.radii * 2 * torch.linalg.vector_norm(apart, DUAL[norm], dim=1) - away
-    assert (kl > -1e-9).all()
+    assert torch.equal(bound(model, x, model.predict(x), Lp(norm, 0.1)).estimate, rivals.radii.amin(dim=1))
+
+
+def test_the_perturbation_towards_a_rival_closes_the_lead_at_the_ratio() -> None:
+    """The images that come with ratios give them: there the two reconstructions explain the image equally well."""
+    model = around(Curved(latent_size=1), latents=30, steps=60, learning_rate=0.1, beta=0.0)
+    x = torch.rand(5, 1, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found, rivals = model.explain(x), ABSBound().rivals(model, x, "l2")
+    for row, label in enumerate(found.energies.argmin(dim=1).tolist()):
+        for rival in {0, 1, 2} - {label}:
+            own, other = found.images[row, label], rivals.images[row, rival]
+            point = x[row] + rivals.radii[row, rival] * (other - own) / (other - own).norm()
+            assert torch.allclose((point - own).norm(), (point - other).norm())
 
 
 def test_forms_are_ordered_and_nothing_is_certified() -> None:
