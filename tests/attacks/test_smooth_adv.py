@@ -79,6 +79,20 @@ def test_its_gradient_is_that_of_the_explicit_log_mean_softmax_of_the_same_draws
     assert not torch.allclose(first, explicit(x, y, streams().fork(0).normal(5, 1, 6, 6, dtype=torch.float64), loss))
 
 
+def test_draws_follow_their_images_into_the_chunks_of_a_small_memory() -> None:
+    x, model, sizes = images(40), defense(), []
+    y = labels(x)
+    noise = streams(40).fork(0).normal(1, 1, 6, 6, dtype=torch.float64)
+    with Oracle(model, x, Untargeted(y), Lp("l2", 1.0), memory_budget=2**18) as oracle:
+        oracle.judge_clean()
+        model.net.register_forward_pre_hook(lambda _, inputs: sizes.append((len(inputs[0]), inputs[0].requires_grad)))
+        found = SmoothedGradient(samples=1)(oracle, x, torch.arange(40), cross_entropy, streams(40))
+    with_gradient = [size for size, graph in sizes if graph]
+    assert sum(with_gradient) == 40
+    assert max(with_gradient) < min(40, oracle.capacity)  # a graph takes more than a probe: chunks within a chunk
+    assert torch.allclose(found, explicit(x, y, noise, cross_entropy), atol=1e-12)
+
+
 @pytest.mark.parametrize("threat", THREATS, ids=lambda t: t.norm)
 def test_it_stays_in_the_threat_and_success_is_the_deployed_models(threat: Lp) -> None:
     model, x = defense(), images(12)
