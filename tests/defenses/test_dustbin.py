@@ -55,6 +55,16 @@ def test_the_loss_is_that_of_a_net_with_one_more_output() -> None:
     assert torch.allclose(objective.loss(model, batch, STEP, row, streams_of()), expected)
 
 
+def test_the_score_is_how_far_the_extra_output_is_above_the_others() -> None:
+    defense, x = Dustbin(net()), blobs(12).images
+    nn.init.normal_(defense.row.weight)
+    nn.init.ones_(defense.row.bias)
+    whole = widened(defense.net, defense.row)(x)
+    logits, score = defense.answer(x)
+    assert torch.allclose(logits, whole[:, :3])
+    assert torch.allclose(score, whole[:, 3] - whole[:, :3].max(dim=1).values, atol=1e-6)
+
+
 def test_the_threshold_0_is_the_rule_of_the_original() -> None:
     defense = train(
         net(), blobs(), DustbinTraining(), epochs=30, learning_rate=1e-2, device="cpu",
