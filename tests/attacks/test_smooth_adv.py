@@ -162,6 +162,7 @@ def test_restarts_have_other_draws_and_another_start() -> None:
         for r in (1, 2)
     )
     assert (double.forwards[~double.success] > single.forwards[~double.success]).all()
+    assert [SmoothAdv(restarts=2).ascent(run).estimator for run in (0, 1)] == [SmoothedGradient(32, r) for r in (0, 1)]
 
 
 def test_it_is_for_votes_under_noise_alone() -> None:
