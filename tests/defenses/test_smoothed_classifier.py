@@ -105,6 +105,18 @@ def test_a_second_look_helps_what_the_first_left_open() -> None:
     assert two > 0.7
 
 
+@pytest.mark.parametrize(("later", "answer"), [(57, ABSTAIN), (58, 1)])
+def test_the_last_look_counts_the_votes_of_both(later: int, answer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """68 of 100 are clear at alpha / 2 = 0.0005 and 67 are not; neither are 10 of 10, nor 58 of 90 alone."""
+    assert [binomtest(k, n, 0.5).pvalue <= 0.0005 for k, n in ((68, 100), (67, 100), (10, 10), (58, 90))] == [
+        True, False, False, False
+    ]  # fmt: skip
+    script = {10: torch.tensor([[0, 10, 0]]), 90: torch.tensor([[90 - later, later, 0]])}
+    defense = smoothed(draws=100)
+    monkeypatch.setattr(defense, "votes", lambda x, draws: script[draws])
+    assert predict(defense, at_distance([0.0])).tolist() == [answer]
+
+
 class Broken(nn.Module):
     """No answer for bright images, half an answer for those between."""
 
