@@ -1,0 +1,101 @@
+"""The three-norm table: defenses that were made for one norm, under the others too.
+
+Accuracy under the worst of PGD (40 steps, 2 restarts, margin loss), QuickAutoAttack and Square (1,000 queries), where
+they support the norm, FMN, and what the defense names in `adaptive_attacks`; `all` is the share that no attack in any
+of the norms brings down. An attack sees the samples that still stand. Medians are those of the smallest l2 distance
+that the attacks without a budget find, over fewer images (a wrong answer to the clean image is a distance of 0).
+
+    RBL_DATA=... python benchmarks/three_norms.py --images 1000 --medians 100
+    RBL_DATA=... python benchmarks/three_norms.py --entries abs pgd_at_0.3 --norms l2 --store DIR
+
+What a store holds already is not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+from fallen import fallen
+from nets import DATA
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from robustbench_lite.attacks import FMN, PGD, QuickAutoAttack, Square
+from robustbench_lite.attacks.base import Attack
+from robustbench_lite.core.models import predict
+from robustbench_lite.core.threats import Lp
+from robustbench_lite.data import load_data
+from robustbench_lite.data.base import Dataset
+from robustbench_lite.defenses.base import Wrapper
+from robustbench_lite.evaluation import evaluate
+from robustbench_lite.zoo import load_defense
+
+ENTRIES = ("standard", "pgd_at_0.3", "pgd_at_l2_2", "abs", "binary_abs", "ibp_0.3", "nearest_neighbour")
+BUDGETS = {"linf": 0.3, "l2": 2.0, "l1": 10.0, "l0": 12.0}
+SUITE: list[Attack] = [PGD(loss="margin", restarts=2), FMN(), QuickAutoAttack(), Square(queries=1000)]
+UNLIMITED = Lp("l2", None)
+
+
+def accuracies(model: nn.Module, data: Dataset, norms: list[str], options: argparse.Namespace) -> list[str]:
+    """Return the accuracy in each norm, and against all of them, in per cent."""
+    down = []
+    for norm in norms:
+        threat = Lp(norm, options.eps.get(norm, BUDGETS[norm]))
+        attacks = [attack for attack in SUITE if attack.supports(threat)]
+        report = evaluate(model, data, threat, attacks, mode="cascade", batch_size=100, store=options.store)
+        down.append(fallen(report))
+    down.append(set[int]().union(*down))
+    return [f"{100 * (1 - len(found) / len(data)):.1f}" for found in down]
+
+
+def median(model: nn.Module, data: Dataset) -> str:
+    """Return the median over the images of the distance in l2 to the nearest example that an attack finds."""
+    own = model.adaptive_attacks(UNLIMITED) if isinstance(model, Wrapper) else []
+    attacks = {repr(attack): attack for attack in [FMN(steps=200), *own] if attack.supports(UNLIMITED)}
+    x, y = data.images, data.labels
+    with torch.no_grad():
+        nearest = torch.where(predict(model, x) == y, torch.inf, 0.0).double()
+    for attack in attacks.values():
+        nearest = torch.minimum(nearest, attack(model, x, y, UNLIMITED).distance)
+    return f"{nearest.sort().values[(len(x) - 1) // 2]:.2f}"
+
+
+def budget(text: str) -> tuple[str, float]:
+    """Read NORM=EPS."""
+    norm, eps = text.split("=")
+    return norm, float(eps)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="mnist", choices=["digits", "mnist"])
+    parser.add_argument("--images", type=int, default=1000, help="seeded test images")
+    parser.add_argument("--medians", type=int, default=100, help="the first of them, for the medians; 0: none")
+    parser.add_argument("--entries", nargs="*", default=ENTRIES)
+    parser.add_argument("--norms", nargs="*", default=list(BUDGETS), choices=list(BUDGETS))
+    parser.add_argument("--eps", nargs="*", type=budget, default=[], help=f"NORM=EPS; default: {BUDGETS}")
+    parser.add_argument("--store", help="a folder that keeps the rows")
+    options = parser.parse_args()
+    options.eps = dict(options.eps)
+    torch.set_num_threads(1)
+    data = load_data(options.data, data_dir=DATA).sample(options.images, seed=0)
+    console, heads = Console(width=120), [f"{norm} {options.eps.get(norm, BUDGETS[norm]):g}" for norm in options.norms]
+    table = Table("defense", "clean", *heads, "all", "median l2", "s", title=f"{options.data}, {len(data)} images")
+    for name in options.entries:
+        start = time.process_time()
+        model = load_defense(f"{options.data}/{name}", data_dir=DATA).eval()
+        clean = fallen(evaluate(model, data, Lp("linf", 0.1), [], adaptive=False, batch_size=100))
+        cells = [name, f"{100 * (1 - len(clean) / len(data)):.1f}", *accuracies(model, data, options.norms, options)]
+        cells += [median(model, data.head(options.medians)) if options.medians else "-"]
+        cells += [f"{time.process_time() - start:.0f}"]
+        console.print("  ".join(cells), style="dim", highlight=False)
+        table.add_row(*cells)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
