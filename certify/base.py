@@ -28,11 +28,15 @@ class Certifier(ABC):
     Attributes:
         kind: "deterministic", "probabilistic" or "estimate".
         smooths: whether certificates are about the smoothed classifier around the model, and not about the model.
+        forgives: whether some mistakes break no certificate, so that certificates are no robust accuracy.
+        cheap: whether a proof costs less than a thorough attack; the cascade of an evaluation then asks for it first.
         version: part of the identity of stored results; raise it when the certifier's answers change.
     """
 
     kind: ClassVar[str]
     smooths: ClassVar[bool] = False
+    forgives: ClassVar[bool] = False
+    cheap: ClassVar[bool] = True
     version: ClassVar[int] = 1
 
     @abstractmethod

@@ -56,6 +56,7 @@ class CostSensitive(Certifier):
     """
 
     kind: ClassVar[str] = "deterministic"
+    forgives: ClassVar[bool] = True
 
     certifier: Certifier
     cost_matrix: Matrix

@@ -37,6 +37,11 @@ class Inside(Certifier):
         """That of the certifier."""
         return self.certifier.kind
 
+    @property
+    def cheap(self) -> bool:  # type: ignore[override]
+        """As the certifier."""
+        return self.certifier.cheap
+
     def supports(self, threat: Threat) -> bool:
         """Say what the certifier says."""
         return self.certifier.supports(threat)

@@ -65,6 +65,7 @@ class SmoothingCertifier(Certifier):
     """
 
     kind: ClassVar[str] = "probabilistic"
+    cheap: ClassVar[bool] = False
     smooths: ClassVar[bool] = True
     norms: ClassVar[tuple[str, ...]]
     n0: int = 100

@@ -76,6 +76,7 @@ class ABSBound(Certifier):
     """
 
     kind: ClassVar[str] = "estimate"
+    cheap: ClassVar[bool] = False
 
     form: str = "linear"
     starts: int = 4

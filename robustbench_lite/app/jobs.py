@@ -224,7 +224,7 @@ def _compute(plain: dict[str, Any], store: Path | None, key: str | None) -> Done
             progress=sys.stderr.isatty(),
             **{
                 name: plain[name]
-                for name in ("seed", "mode", "adaptive", "batch_size", "device", "max_queries", "precision")
+                for name in ("seed", "mode", "audit", "adaptive", "batch_size", "device", "max_queries", "precision")
             },
         )
     except UnsavedError as error:

@@ -1,7 +1,8 @@
 """The harness: one model, some samples, some threats, some methods; one honest row a threat.
 
 Work goes block by block (500 dataset indices), in each block method by method: clean answers, attacks in the order
-given, certifiers, audit. What the store holds is taken from it row by row, the rest is computed and added.
+given, certifiers, audit; in a cascade cheap proofs come first. What the store holds is taken from it row by row, the
+rest is computed and added.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import pyarrow as pa
 from torch import Tensor
 
 from robustbench_lite.core.threats import Threat
-from robustbench_lite.evaluation.audit import audit
+from robustbench_lite.evaluation import audit as audits
+from robustbench_lite.evaluation.cascade import cascade
 from robustbench_lite.evaluation.cells import Cell, block_of
 from robustbench_lite.evaluation.flags import Flag, non_finite
 from robustbench_lite.evaluation.ledger import Ledger
-from robustbench_lite.evaluation.methods import sparing
 from robustbench_lite.evaluation.plan import MODES, Plan, Task, with_own
 from robustbench_lite.evaluation.probe import probe
 from robustbench_lite.evaluation.records import to_frame
@@ -58,6 +59,7 @@ def evaluate(
     store: Store | Path | str | None = None,
     seed: int = 0,
     mode: str = "full",
+    audit: float = 0.05,
     adaptive: bool = True,
     name: str | None = None,
     batch_size: int = 250,
@@ -78,8 +80,9 @@ def evaluate(
         certifiers: likewise.
         store: a folder that keeps the rows; what it holds is not computed again. None: nothing is kept.
         seed: of all randomness.
-        mode: "full": each attack sees all samples. "cascade": only those that still stand, and each certifier after the
-            first only correct ones that no deterministic one before it has proved.
+        mode: "full": each method sees all samples. "cascade": cheap proofs first, attacks only on what still stands and
+            no deterministic certificate of the threat covers (evaluation/cascade.py).
+        audit: in a cascade, the share of the samples that are attacked although they are proven.
         adaptive: whether the defense's own `adaptive_attacks` and `certifiers` join the given ones; without them the
             table shows what an attacker finds who does not know the defense.
         name: what tables call the model; default: its class.
@@ -99,6 +102,8 @@ def evaluate(
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if not 0 <= audit <= 1:
+        raise ValueError(f"audit is a share of the samples, between 0 and 1, got {audit}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     threats, attacks, certifiers = (
@@ -117,7 +122,7 @@ def evaluate(
     tasks, witnesses = plan.tasks(subject, samples.name, seed), Witnesses(ledger)
     tables: dict[str, list[pa.Table]] = {task.cell.key: [] for task in tasks}
     for part in _blocks(samples, progress):
-        _block(part, tasks, mode, subject, ledger, tables)
+        _block(part, tasks, audit if mode == "cascade" else None, subject, ledger, tables)
         rows = to_frame(pa.concat_tables([parts[-1] for parts in tables.values()]))
         witnesses.collect(part, rows, [task.cell for task in tasks])
     answered = [parts for key, parts in tables.items() if key not in ledger.refused]
@@ -155,62 +160,24 @@ def _blocks(samples: Samples, progress: bool) -> Iterable[Samples]:
 
 
 def _block(
-    part: Samples, tasks: list[Task], mode: str, subject: Subject, ledger: Ledger, tables: dict[str, list[pa.Table]]
+    part: Samples,
+    tasks: list[Task],
+    audit: float | None,
+    subject: Subject,
+    ledger: Ledger,
+    tables: dict[str, list[pa.Table]],
 ) -> None:
-    """Run all tasks on one block, and add one table to those of each cell."""
+    """Run all tasks on one block, and add one table to those of each cell; without an audit all on all samples."""
     clean = ledger.fetch(tasks[0], part)
     tables[tasks[0].cell.key].append(clean)
     for threat in dict.fromkeys(task.threat for task in tasks[1:]):
         own = [task for task in tasks[1:] if task.threat == threat]
-        if mode == "full":
+        if audit is None:
             found = [ledger.fetch(task, part) for task in own]
         else:
-            found = _attack_cascade(part, own, subject, ledger, clean) + _proof_cascade(part, own, ledger, clean)
+            found = cascade(part, own, subject, ledger, clean, audit)
         for task, table in zip(own, found, strict=True):
             tables[task.cell.key].append(table)
-
-
-def _attack_cascade(
-    part: Samples, tasks: list[Task], subject: Subject, ledger: Ledger, clean: pa.Table
-) -> list[pa.Table]:
-    """Let each attack see what still stands.
-
-    A misclassified sample is broken without an attack. It gets its row from the first one all the same, so that records
-    alone tell which samples a threat was judged on.
-    """
-    tables: list[pa.Table] = []
-    standing = _mask(clean, "correct")
-    for task in [task for task in tasks if task.cell.kind == "attack"]:
-        first = not any(len(table) for table in tables)
-        given = np.ones(len(part), dtype=bool) if first else standing
-        run = sparing(task.run, subject, clean) if first else None
-        rows = ledger.fetch(task, part.take(given), run)
-        tables.append(rows)
-        if task.cell.key in ledger.refused:
-            continue  # the next attack is the first
-        standing = standing.copy()
-        standing[np.flatnonzero(given)[_mask(rows, "success")]] = False
-    return tables
-
-
-def _proof_cascade(part: Samples, tasks: list[Task], ledger: Ledger, clean: pa.Table) -> list[pa.Table]:
-    """Let the first certifier see all samples, and each further one those that are correct and not yet proven."""
-    tables: list[pa.Table] = []
-    open_ = np.ones(len(part), dtype=bool)
-    for task in [task for task in tasks if task.cell.kind == "certifier"]:
-        rows = ledger.fetch(task, part.take(open_))
-        tables.append(rows)
-        if task.cell.key in ledger.refused:
-            continue  # the next certifier is the first
-        sure = rows.column("certificate").to_numpy(zero_copy_only=False) == "deterministic"
-        open_[np.flatnonzero(open_)[_mask(rows, "certified") & sure]] = False
-        open_ &= _mask(clean, "correct")
-    return tables
-
-
-def _mask(rows: pa.Table, column: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    mask: np.ndarray[Any, np.dtype[np.bool_]] = rows.column(column).to_numpy(zero_copy_only=False).astype(bool)
-    return mask
 
 
 def _keep_slice(subject: Subject, samples: Samples, ledger: Ledger) -> None:
@@ -240,7 +207,7 @@ def _report(
     Raises:
         UnsavedError: something could not.
     """
-    store, broken, found = ledger.store, non_finite(records), witnesses.attach(audit(records))
+    store, broken, found = ledger.store, non_finite(records), witnesses.attach(audits.audit(records))
     if store is not None:
         first = records.iloc[0]
         try:

@@ -104,6 +104,11 @@ def certifier_method(subject: Subject, certifier: Certifier, threat: Threat) -> 
                 f"{cell.method} certifies the smoothed classifier around a net; {cell.defense} answers without noise: "
                 "call the certifier directly, or evaluate a defense that answers by the vote"
             )
+        if certifier.forgives:
+            raise CannotCertify(
+                f"{cell.method} forgives mistakes that cost nothing, so it proves no robust accuracy: call the "
+                "certifier directly, and sum up with certify.cost_report"
+            )
         x, y, start = subject.images(part.x), part.y.to(subject.device), time.perf_counter()
         with subject.seeded(cell.seed):
             found = certifier(

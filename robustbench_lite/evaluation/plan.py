@@ -31,11 +31,13 @@ class Task:
         cell: the identity of its rows.
         run: computes the rows of a batch.
         threat: the position of its threat in the plan; -1 for clean rows.
+        stage: its turn in a cascade: 0 for proofs that come before the attacks, 1 for attacks, 2 for other proofs.
     """
 
     cell: Cell
     run: Method
     threat: int
+    stage: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,10 +106,12 @@ class Plan:
             for attack in filter(lambda method: method.supports(threat), self.attacks):
                 settings = {"max_queries": self.max_queries, "view_samples": subject.view_samples}
                 cell = _cell("attack", attack, self.max_queries, settings, own)
-                tasks.append(Task(cell, attack_method(subject, attack, threat, self.max_queries), place))
+                tasks.append(Task(cell, attack_method(subject, attack, threat, self.max_queries), place, 1))
             for certifier in filter(lambda method: method.supports(threat), self.certifiers):
                 cell = _cell("certifier", certifier, None, {}, own)
-                tasks.append(Task(cell, certifier_method(subject, certifier, threat), place))
+                tasks.append(
+                    Task(cell, certifier_method(subject, certifier, threat), place, 0 if certifier.cheap else 2)
+                )
         return tasks
 
 

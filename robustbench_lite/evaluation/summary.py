@@ -9,8 +9,11 @@ interval.
   cumulative figure.
 - `certified` is the union of the deterministic certifiers, `certified_probabilistic` that of the probabilistic ones.
 - `gap` is `worst_case - certified`: what neither attack nor proof has decided.
+- `spared` is the share of the attacks' work that proofs made needless: of the samples that an attack was to meet
+  (correct, and broken by no attack before it), those that it did not because they are proven; 0 where each saw all.
 - `timeouts` counts samples that a certifier gave up on and no other proved.
-- `incomplete` counts standing samples that some attack in the records has not seen: 0 for a finished evaluation.
+- `incomplete` counts standing, unproven samples that some attack in the records has not seen: 0 for a finished
+  evaluation.
 - `verdict` is "invalid" where the audit found a violation, otherwise "doubtful": without a full-mode probe of the
   attacks against each other (DESIGN 5.8), which is still to come, nothing is "reliable".
 """
@@ -119,8 +122,10 @@ class _Row:
             out |= self._share(name, self._proven(rows) if self._complete(rows) else None)
         out |= self._share("certified", sure) | self._share("certified_probabilistic", likely)
         out["gap"] = out["worst_case"] - out["certified"]  # NaN where either is
+        proven = np.zeros(self.n, dtype=bool) if sure is None else sure
+        out["spared"] = self._spared(self.correct & proven)
         out["timeouts"] = self._timeouts(sure, likely)
-        out["incomplete"] = self._incomplete(standing)
+        out["incomplete"] = self._incomplete(standing & ~proven)
         return out
 
     def _methods(self, kind: str) -> dict[str, pd.DataFrame]:
@@ -149,10 +154,15 @@ class _Row:
         rows = self.rows[(self.rows["certificate"] == kind).fillna(False).astype(bool)]
         return self._proven(rows) if len(rows) else None
 
-    def _incomplete(self, standing: _Mask) -> int:
+    def _spared(self, proven: _Mask) -> float:
+        seen = [self._mask(rows) & self.correct for rows in self.attacks.values()]
+        spared = sum(int((proven & ~mask).sum()) for mask in seen)
+        return spared / max(1, spared + sum(int(mask.sum()) for mask in seen))
+
+    def _incomplete(self, open_: _Mask) -> int:
         unseen = np.zeros(self.n, dtype=bool)
         for rows in self.attacks.values():
-            unseen |= standing & ~self._mask(rows)
+            unseen |= open_ & ~self._mask(rows)
         return int(unseen.sum())
 
     def _timeouts(self, sure: _Mask | None, likely: _Mask | None) -> int:
@@ -172,7 +182,7 @@ class _Row:
 
 
 _FIRST = ["dataset", "defense", "fingerprint", "threat", "eps", "seed", "precision", "n", "mode", "clean"]
-_LAST = ["certified", "certified_probabilistic", "gap", "timeouts", "incomplete", "verdict", "flags"]
+_LAST = ["certified", "certified_probabilistic", "gap", "spared", "timeouts", "incomplete", "verdict", "flags"]
 
 
 def _ordered(table: pd.DataFrame, attacks: list[str], certifiers: list[str]) -> pd.DataFrame:

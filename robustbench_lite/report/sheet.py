@@ -17,9 +17,15 @@ NOT_APPLICABLE = "n/a"
 TEXT_COLUMNS = ("defense", "verdict", "flags")
 _GROUP = ["dataset", "threat", "eps", "n"]
 _BEFORE = ("dataset", "defense", "fingerprint", "threat", "eps", "seed", "precision", "n", "mode", "clean")
-_AFTER = ("certified", "certified_probabilistic", "gap", "timeouts", "incomplete", "verdict", "flags")
+_AFTER = ("certified", "certified_probabilistic", "gap", "spared", "timeouts", "incomplete", "verdict", "flags")
 _HEADERS = {"worst_case": "robust", "certified_probabilistic": "certified (prob.)"}
-_OPTIONAL = ("certified_probabilistic", "timeouts", "incomplete", "flags")  # shown where there is something to show
+_OPTIONAL = (
+    "certified_probabilistic",
+    "spared",
+    "timeouts",
+    "incomplete",
+    "flags",
+)  # shown where there is something to show
 
 
 @dataclass(frozen=True)
@@ -157,7 +163,7 @@ def _cell(row: pd.Series[Any], column: str) -> Cell:
         return Cell(f"{int(value)}")
     if isinstance(value, str):
         return Cell(value)
-    if column == "gap":
+    if column in ("gap", "spared"):
         return Cell(f"{100 * value:.1f}")
     low, high = row[f"{column}_low"], row[f"{column}_high"]
     return Cell(f"{100 * value:.1f}", f"{100 * low:.1f}-{100 * high:.1f}")

@@ -105,11 +105,13 @@ class Exact:
 
     version: ClassVar[int] = 1
     smooths: ClassVar[bool] = False
+    forgives: ClassVar[bool] = False
     factor: float = 1.0
     kind: str = "deterministic"
     alpha: float = 0.0
     lies_about: int = 10**9  # only every so many samples are lied about
     timeout: bool = False
+    cheap: bool = True
 
     def supports(self, threat: Any) -> bool:
         return threat.name == "linf"

@@ -34,7 +34,7 @@ def test_the_honest_are_left_alone() -> None:
 @pytest.mark.parametrize("mode", ["full", "cascade"])
 def test_a_lying_certifier_is_caught_with_both_witnesses(tmp_path: Path, mode: str) -> None:
     data, liar = two_blocks(80), Exact(factor=3.0, lies_about=2)
-    report = evaluate(Linear(), data, THREAT, [Shift()], [liar], store=tmp_path, mode=mode)
+    report = evaluate(Linear(), data, THREAT, [Shift()], [liar], store=tmp_path, mode=mode, audit=1.0)
     above = (data.images.flatten(1).sum(dim=1) >= 8).reshape(-1, 1, 1, 1)
     right = ((~above).flatten().long() == data.labels).numpy()
     worst = torch.where(above, data.images - 0.05, data.images + 0.05).clamp(0, 1)  # linear: no attack does better
@@ -95,7 +95,7 @@ def test_an_attack_at_one_eps_audits_a_certificate_at_another() -> None:
 @pytest.mark.parametrize("mode", ["full", "cascade"])
 def test_a_lying_attack_is_refuted_and_gains_nothing(outside: bool, mode: str) -> None:
     data = two_blocks(40)
-    report = evaluate(Linear(), data, THREAT, [Liar(outside=outside)], [Exact()], mode=mode)
+    report = evaluate(Linear(), data, THREAT, [Liar(outside=outside)], [Exact()], mode=mode, audit=1.0)
     row = report.summary().iloc[0]
     assert row["worst_case"] == row["clean"]
     assert ids(report.violations) == {"refuted_attack"}

@@ -8,19 +8,23 @@ from typing import Any
 
 import evaluation_fakes as fakes
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from evaluation_fakes import Exact, Linear, Shift, exact_radius, linear_data, two_blocks
+from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from robustbench_lite.attacks import PGD, RandomNoise
 from robustbench_lite.attacks.base import Attack
-from robustbench_lite.certify import IBP, RandomizedSmoothing
+from robustbench_lite.certify import IBP, CostSensitive, RandomizedSmoothing, seed_class_costs
 from robustbench_lite.core.models import ABSTAIN
 from robustbench_lite.core.spatial import RotationTranslation
 from robustbench_lite.core.threats import Lp
+from robustbench_lite.data import load_data
 from robustbench_lite.data.base import Dataset
 from robustbench_lite.evaluation import EvaluationError, Report, Store, evaluate
+from robustbench_lite.zoo import load_defense
 
 THREAT = Lp("linf", 0.05)
 METHODS: dict[str, Any] = {"attacks": [Shift(0.5), Shift()], "certifiers": [Exact()]}
@@ -80,44 +84,116 @@ def test_the_seed_matters_and_suffices() -> None:
     assert not one["margin"].equals(other["margin"])
 
 
-def test_a_cascade_attacks_what_stands_and_agrees_with_full() -> None:
+def named(rows: pd.DataFrame, method: str, column: str) -> set[int]:
+    """The indices of the rows of a method in which a column is true."""
+    return set(rows.loc[(rows["method"] == method) & rows[column].fillna(False), "index"])
+
+
+def asked(name: str) -> set[int]:
+    return {i for call in fakes.CALLS.get(name, []) for i in call}
+
+
+def test_a_cascade_attacks_what_stands_unproven_and_agrees_with_full() -> None:
     data = two_blocks(80)
-    full = evaluate(Linear(), data, THREAT, **METHODS)
+    methods: dict[str, Any] = {"attacks": [Shift(0.5), Shift()], "certifiers": [Exact(0.5), Exact(0.9)]}
+    full = evaluate(Linear(), data, THREAT, **methods)
     fakes.CALLS.clear()
-    cascade = evaluate(Linear(), data, THREAT, mode="cascade", **METHODS)
+    cascade = evaluate(Linear(), data, THREAT, mode="cascade", audit=0.0, **methods)
     rows = full.records
-    clean = set(rows.loc[(rows["kind"] == "clean") & rows["correct"], "index"])
-    fell = set(rows.loc[(rows["method"] == "Shift(reach=0.5)") & rows["success"].fillna(False), "index"])
-    assert {i for call in fakes.CALLS["Shift 0.5"] for i in call} == clean
-    assert {i for call in fakes.CALLS["Shift 1"] for i in call} == clean - fell
+    right = named(rows, "clean", "correct")
+    first, proven = named(rows, "Exact(factor=0.5)", "certified"), named(rows, "Exact(factor=0.9)", "certified")
+    fell = named(rows, "Shift(reach=0.5)", "success")
+    assert first < proven < right
+    assert asked("Exact 0.5") == set(rows["index"])  # the first method sees all
+    assert asked("Exact 0.9") == right - first
+    assert asked("Shift 0.5") == right - proven
+    assert asked("Shift 1") == right - proven - fell < right - proven
     one, two = full.summary().iloc[0], cascade.summary().iloc[0]
-    for name in ("n", "clean", "Shift(reach=0.5)", "worst_case", "worst_case_low", "certified", "gap"):
+    for name in ("n", "clean", "worst_case", "worst_case_low", "certified", "gap"):
         assert one[name] == two[name], name
-    assert two["mode"] == "cascade"
-    assert np.isnan(two["Shift"])  # it has not seen what the first attack broke
+    assert (one["mode"], two["mode"]) == ("full", "cascade")
+    assert np.isnan(two["Shift"])  # it has not seen what the first attack broke, or a proof covers
     assert two["incomplete"] == 0
+    saved, done = 2 * len(proven), len(right - proven) + len(right - proven - fell)
+    assert (one["spared"], two["spared"]) == (0, saved / (saved + done))
 
 
-def test_a_later_certifier_sees_what_is_correct_and_open() -> None:
-    weak, strong = Exact(0.5), Exact(1.0)
-    report = evaluate(Linear(), two_blocks(80), THREAT, certifiers=[weak, strong], mode="cascade")
+def test_without_proofs_the_first_attack_sees_all() -> None:
+    report = evaluate(Linear(), two_blocks(80), THREAT, [Shift(0.5), Shift()], mode="cascade")
+    right = named(report.records, "clean", "correct")
+    fell = named(report.records, "Shift(reach=0.5)", "success") & right
+    assert (asked("Shift 0.5"), asked("Shift 1")) == (right, right - fell)  # misclassified samples need no attack
+    assert set(report.records.loc[report.records["kind"] == "attack", "index"]) == set(report.records["index"])
+    assert report.summary()["spared"].item() == 0
+
+
+def test_only_deterministic_proofs_spare_attacks() -> None:
+    for kind in ("probabilistic", "estimate"):
+        fakes.CALLS.clear()
+        report = evaluate(Linear(), two_blocks(80), THREAT, [Shift()], [Exact(kind=kind, alpha=0.01)], mode="cascade")
+        assert asked("Shift 1") == named(report.records, "clean", "correct")
+        assert report.summary()["spared"].item() == 0
+
+
+def test_dear_certifiers_come_last_and_see_what_is_left() -> None:
+    methods: dict[str, Any] = {"attacks": [Shift()], "certifiers": [Exact(0.9, cheap=False), Exact(0.5)]}
+    report = evaluate(Linear(), two_blocks(80), THREAT, mode="cascade", audit=0.0, **methods)
     rows = report.records
-    right = set(rows.loc[(rows["kind"] == "clean") & rows["correct"], "index"])
-    proven = set(rows.loc[(rows["method"] == "Exact(factor=0.5)") & rows["certified"].fillna(False), "index"])
-    assert {i for call in fakes.CALLS["Exact 0.5"] for i in call} == set(rows["index"])
-    assert {i for call in fakes.CALLS["Exact 1"] for i in call} == right - proven
-    both = evaluate(Linear(), two_blocks(80), THREAT, certifiers=[weak, strong]).summary()["certified"]
-    assert report.summary()["certified"].equals(both)
+    proven, fell = named(rows, "Exact(factor=0.5)", "certified"), named(rows, "Shift", "success")
+    assert asked("Exact 0.9") == named(rows, "clean", "correct") - proven - fell
+    assert fell
+    full = evaluate(Linear(), two_blocks(80), THREAT, **methods).summary().iloc[0]
+    for name in ("worst_case", "certified", "gap"):
+        assert report.summary().iloc[0][name] == full[name]
+
+
+def test_the_audit_is_a_share_drawn_by_image_and_seed() -> None:
+    data = two_blocks(300)
+    methods: dict[str, Any] = {"attacks": [Shift()], "certifiers": [Exact()], "mode": "cascade"}
+
+    def audited(part: Any, **settings: Any) -> set[int]:
+        fakes.CALLS.clear()
+        rows = evaluate(Linear(), part, THREAT, **methods, **settings).records
+        return asked("Shift 1") & named(rows, "Exact", "certified")
+
+    some = audited(data, audit=0.3)
+    proven = audited(data, audit=1.0)
+    assert not audited(data, audit=0.0)
+    assert some < proven
+    assert binomtest(len(some), len(proven), 0.3).pvalue > 1e-3
+    assert audited(data, audit=0.3, batch_size=7) == some
+    assert audited(data, audit=0.5) > some
+    assert audited(data.head(100), audit=0.3) == some & set(data.indices[:100].tolist())
+    assert audited(data, audit=0.3, seed=1) != some
+
+
+def test_a_lying_certifier_is_caught_by_the_audit() -> None:
+    data = two_blocks(300)
+    blind = evaluate(Linear(), data, THREAT, [Shift()], [Exact(3.0)], mode="cascade", audit=0.0)
+    assert blind.verdict == "doubtful"
+    report = evaluate(Linear(), data, THREAT, [Shift()], [Exact(3.0)], mode="cascade", audit=0.2)
+    assert report.verdict == "invalid"
+
+
+def test_costs_that_are_forgiven_are_no_robust_accuracy() -> None:
+    net, data = load_defense("digits/ibp"), load_data("digits").head(30)
+    certifier = CostSensitive(IBP(), seed_class_costs(9, 10))  # mistakes about the other classes are free
+    report = evaluate(net, data, Lp("linf", 0.2), [PGD(steps=5)], [certifier, IBP()])
+    (missing,) = report.not_applicable
+    assert "forgives mistakes" in missing.reason
+    assert certifier(net, data.images, data.labels, Lp("linf", 0.2)).certified.sum() > 20
+    assert report.summary()["certified"].item() == report.summary()["IBP"].item() < 0.5
+    assert report.violations == []
 
 
 def test_full_after_a_cascade_computes_the_missing_rows_alone(tmp_path: Path) -> None:
     data = two_blocks(80)
-    cascade = evaluate(Linear(), data, THREAT, mode="cascade", store=tmp_path, **METHODS)
+    cascade = evaluate(Linear(), data, THREAT, mode="cascade", audit=1.0, store=tmp_path, **METHODS)
     seen = {name: fakes.count(name) for name in ("Shift 0.5", "Shift 1", "Exact 1")}
     fakes.CALLS.clear()
     full = evaluate(Linear(), data, THREAT, store=tmp_path, **METHODS)
     wrong = int((~cascade.records.loc[cascade.records["kind"] == "clean", "correct"]).sum())
-    assert fakes.count("Shift 0.5") == 80 - seen["Shift 0.5"] - wrong == 0
+    assert fakes.count("Shift 0.5") == 80 - seen["Shift 0.5"] == wrong  # the proofs stood for them in the cascade
     assert fakes.count("Shift 1") == 80 - seen["Shift 1"]
     assert fakes.count("Exact 1") == 0
     scratch = evaluate(Linear(), data, THREAT, **METHODS)
@@ -125,7 +201,7 @@ def test_full_after_a_cascade_computes_the_missing_rows_alone(tmp_path: Path) ->
     assert full.records["forwards"].equals(scratch.records["forwards"])
     assert full.summary().equals(scratch.summary())
     fakes.CALLS.clear()
-    again = evaluate(Linear(), data, THREAT, mode="cascade", store=tmp_path, **METHODS)
+    again = evaluate(Linear(), data, THREAT, mode="cascade", audit=1.0, store=tmp_path, **METHODS)
     assert not fakes.CALLS
     assert again.summary().equals(cascade.summary())
 
@@ -194,13 +270,15 @@ class Softmax(nn.Module):
 @pytest.mark.parametrize("mode", ["full", "cascade"])
 def test_an_operator_without_bounds_costs_a_column_not_the_row(mode: str, tmp_path: Path) -> None:
     for _ in range(2):
-        report = evaluate(Softmax(), two_blocks(20), THREAT, [Shift()], [IBP(), Exact()], mode=mode, store=tmp_path)
+        report = evaluate(
+            Softmax(), two_blocks(20), THREAT, [Shift()], [IBP(), Exact()], audit=1.0, mode=mode, store=tmp_path
+        )
         (missing,) = report.not_applicable
         assert (missing.threat, missing.eps, missing.kind, missing.method) == ("linf", 0.05, "certifier", "IBP")
         assert "is not supported" in missing.reason
         row, alone = (
             report.summary().iloc[0],
-            evaluate(Softmax(), two_blocks(20), THREAT, [Shift()], [Exact()], mode=mode),
+            evaluate(Softmax(), two_blocks(20), THREAT, [Shift()], [Exact()], **shared),
         )
         assert np.isnan(row["IBP"])
         assert "probabilities" in row["flags"]
@@ -403,6 +481,7 @@ def _refusals() -> list[Any]:
         ({"attacks": [Secret(hidden=1), Secret(hidden=2)]}, "both called Secret"),
         ({"attacks": [PGD]}, "instances of dataclasses"),
         ({"attacks": [Needy(torch.ones(1))]}, "no place in a stored identity"),
+        ({"audit": 1.5}, "audit is a share of the samples"),
         ({"mode": "fast"}, "mode must be one of full, cascade"),
         ({"batch_size": 0}, "batch_size"),
         ({"max_queries": 0}, "max_queries"),
