@@ -269,10 +269,9 @@ class Softmax(nn.Module):
 
 @pytest.mark.parametrize("mode", ["full", "cascade"])
 def test_an_operator_without_bounds_costs_a_column_not_the_row(mode: str, tmp_path: Path) -> None:
+    shared: dict[str, Any] = {"mode": mode, "audit": 1.0}
     for _ in range(2):
-        report = evaluate(
-            Softmax(), two_blocks(20), THREAT, [Shift()], [IBP(), Exact()], audit=1.0, mode=mode, store=tmp_path
-        )
+        report = evaluate(Softmax(), two_blocks(20), THREAT, [Shift()], [IBP(), Exact()], store=tmp_path, **shared)
         (missing,) = report.not_applicable
         assert (missing.threat, missing.eps, missing.kind, missing.method) == ("linf", 0.05, "certifier", "IBP")
         assert "is not supported" in missing.reason
