@@ -24,7 +24,7 @@ from robustbench_lite.evaluation.store import Part, Store
 
 __all__ = ["Receipt", "all_of", "find", "keep", "receipt_of", "report_of"]
 
-FORMAT = 2
+FORMAT = 3
 _METHOD = ["kind", "method", "version", "threat", "eps"]
 _MODEL = ["dataset", "fingerprint", "seed", "precision"]
 
@@ -41,7 +41,7 @@ class Receipt:
             relative to the store, and the ranges [first, last] of their `indices`.
         samples: index, image hash and label of each sample: an index alone may have meant another image before.
         threats: name and eps of each threat.
-        flags: the report's.
+        notes: the report's.
         not_applicable: the report's.
     """
 
@@ -51,7 +51,7 @@ class Receipt:
     methods: list[dict[str, Any]]
     samples: list[list[Any]]
     threats: list[list[Any]]
-    flags: list[dict[str, str]]
+    notes: list[dict[str, Any]]
     not_applicable: list[dict[str, Any]]
     format: int = FORMAT
 
@@ -72,7 +72,7 @@ def receipt_of(report: Report, config: Mapping[str, Any], store: Path) -> Receip
         methods,
         _samples(report.records),
         [[name, eps] for name, eps in report.threats],
-        [asdict(flag) for flag in report.flags],
+        [asdict(note) for note in report.notes],
         [asdict(part) for part in report.not_applicable],
     )
     served = report_of(receipt, store)
@@ -98,7 +98,7 @@ def report_of(receipt: Receipt, store: Path) -> Report | None:
     return Report(
         records,
         [(name, eps) for name, eps in receipt.threats],
-        [Flag(**flag) for flag in receipt.flags],
+        [Flag(**note) for note in receipt.notes],
         found.violations,
         found.findings,
         [NotApplicable(**part) for part in receipt.not_applicable],

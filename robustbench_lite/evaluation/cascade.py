@@ -11,7 +11,6 @@ of all samples, drawn by seed, is attacked whatever was proven, so that a certif
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ _Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 def cascade(
-    part: Samples, tasks: list[Task], subject: Subject, ledger: Ledger, clean: pa.Table, audit: float
+    part: Samples, tasks: list[Task], subject: Subject, ledger: Ledger, clean: pa.Table, audit: float, seed: int
 ) -> list[pa.Table]:
     """Return the rows of each task about one threat, in the order of the tasks.
 
@@ -40,8 +39,9 @@ def cascade(
         ledger: fetches or computes rows.
         clean: the clean rows of the block.
         audit: share of the samples that are attacked although they are proven.
+        seed: of their draw.
     """
-    correct, drawn = _mask(clean, "correct"), _drawn(part, audit, tasks)
+    correct, drawn = _mask(clean, "correct"), part.lots("audit", seed) < audit
     proven, fallen = np.zeros_like(correct), np.zeros_like(correct)
     tables: dict[str, pa.Table] = {}
     judged = False  # whether a method has seen every sample
@@ -60,13 +60,6 @@ def cascade(
             sure = rows.column("certificate").to_numpy(zero_copy_only=False) == "deterministic"
             proven[asked[_mask(rows, "certified") & sure]] = True
     return [tables[task.cell.key] for task in tasks]
-
-
-def _drawn(part: Samples, share: float, tasks: list[Task]) -> _Mask:
-    """Return which samples are in the audit: by image and seed, whatever the block and the order."""
-    seed = tasks[0].cell.seed if tasks else 0
-    numbers = [hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest() for name in part.hashes]
-    return np.array([int.from_bytes(number, "big") < share * 2**64 for number in numbers], dtype=bool)
 
 
 def _mask(rows: pa.Table, column: str) -> _Mask:

@@ -20,6 +20,7 @@ from robustbench_lite.core.threats import Threat
 from robustbench_lite.evaluation import audit as audits
 from robustbench_lite.evaluation.cascade import cascade
 from robustbench_lite.evaluation.cells import Cell, block_of
+from robustbench_lite.evaluation.first_look import first_look
 from robustbench_lite.evaluation.flags import Flag, non_finite
 from robustbench_lite.evaluation.ledger import Ledger
 from robustbench_lite.evaluation.plan import MODES, Plan, Task, with_own
@@ -60,6 +61,7 @@ def evaluate(
     seed: int = 0,
     mode: str = "full",
     audit: float = 0.05,
+    probed: bool = False,
     adaptive: bool = True,
     name: str | None = None,
     batch_size: int = 250,
@@ -83,6 +85,8 @@ def evaluate(
         mode: "full": each method sees all samples. "cascade": cheap proofs first, attacks only on what still stands and
             no deterministic certificate of the threat covers (evaluation/cascade.py).
         audit: in a cascade, the share of the samples that are attacked although they are proven.
+        probed: whether attacks are compared with each other on 256 samples first (evaluation/probe.py); without that a
+            verdict is at best "doubtful".
         adaptive: whether the defense's own `adaptive_attacks` and `certifiers` join the given ones; without them the
             table shows what an attacker finds who does not know the defense.
         name: what tables call the model; default: its class.
@@ -116,7 +120,7 @@ def evaluate(
     plan = Plan.of(threats, attacks, certifiers, max_queries)
     samples = as_samples(data, plan.bounds)
     subject = Subject.of(model, name, device, precision)
-    flags = probe(subject, samples, seed)
+    notes = first_look(subject, samples, seed)
     opened = store if isinstance(store, Store) or store is None else Store(store)
     ledger = Ledger(opened, str(subject.device), batch_size)
     tasks, witnesses = plan.tasks(subject, samples.name, seed), Witnesses(ledger)
@@ -127,9 +131,11 @@ def evaluate(
         witnesses.collect(part, rows, [task.cell for task in tasks])
     answered = [parts for key, parts in tables.items() if key not in ledger.refused]
     records = to_frame(pa.concat_tables([table for parts in answered for table in parts]))
+    for judged in threats if probed else []:
+        notes += probe(subject, samples, judged, _fallen(records, judged), seed)
     refused = [_refused(task.cell, ledger) for task in tasks if task.cell.key in ledger.refused]
     _keep_slice(subject, samples, ledger)
-    return _report(records, plan, refused, flags, ledger, witnesses)
+    return _report(records, plan, refused, notes, ledger, witnesses)
 
 
 def _listed(what: str, given: Any) -> list[Any]:
@@ -175,9 +181,14 @@ def _block(
         if audit is None:
             found = [ledger.fetch(task, part) for task in own]
         else:
-            found = cascade(part, own, subject, ledger, clean, audit)
+            found = cascade(part, own, subject, ledger, clean, audit, tasks[0].cell.seed)
         for task, table in zip(own, found, strict=True):
             tables[task.cell.key].append(table)
+
+
+def _fallen(records: pd.DataFrame, threat: Threat) -> set[int]:
+    rows = records[(records["threat"] == threat.name) & (records["eps"] == threat.size) & records["success"]]
+    return set(rows["index"].tolist())
 
 
 def _keep_slice(subject: Subject, samples: Samples, ledger: Ledger) -> None:
@@ -198,7 +209,7 @@ def _report(
     records: pd.DataFrame,
     plan: Plan,
     refused: list[NotApplicable],
-    flags: list[Flag],
+    notes: list[Flag],
     ledger: Ledger,
     witnesses: Witnesses,
 ) -> Report:
@@ -211,13 +222,13 @@ def _report(
     if store is not None:
         first = records.iloc[0]
         try:
-            store.put_flags(str(first["fingerprint"]), str(first["dataset"]), [asdict(flag) for flag in flags])
+            store.put_flags(str(first["fingerprint"]), str(first["dataset"]), [asdict(note) for note in notes])
         except OSError as error:
             ledger.unsaved.append(f"flags: {error}")
     report = Report(
         records,
         plan.names,
-        [*flags, *([broken] if broken else [])],
+        [*notes, *([broken] if broken else [])],
         found.violations,
         found.findings,
         [*plan.not_applicable, *refused],

@@ -8,7 +8,7 @@ import pandas as pd
 
 from robustbench_lite.evaluation.audit import Contradiction
 from robustbench_lite.evaluation.flags import Flag
-from robustbench_lite.evaluation.summary import summarize
+from robustbench_lite.evaluation.summary import VERDICTS, summarize
 
 __all__ = ["NotApplicable", "Report"]
 
@@ -39,7 +39,7 @@ class Report:
     Attributes:
         records: one row for each sample and method (`evaluation/records.py` documents the columns).
         threats: (name, eps) of the threats that were judged, each alone.
-        flags: reasons to doubt the result.
+        notes: reasons to doubt the result, and checks that were made.
         violations: contradictions between attack and proof; one is enough to make the verdict "invalid".
         findings: contradictions that chance, rounding or a heuristic explains.
         not_applicable: methods that do not support a threat, certifiers that cannot bound the model; with the reason.
@@ -49,7 +49,7 @@ class Report:
 
     records: pd.DataFrame
     threats: list[tuple[str, float | None]]
-    flags: list[Flag]
+    notes: list[Flag]
     violations: list[Contradiction]
     findings: list[Contradiction]
     not_applicable: list[NotApplicable] = field(default_factory=list)
@@ -57,17 +57,20 @@ class Report:
     unsaved: list[str] = field(default_factory=list)
 
     @property
-    def verdict(self) -> str:
-        """The word for the result: "invalid" if the audit found a violation, otherwise "doubtful".
+    def flags(self) -> list[Flag]:
+        """The reasons to doubt the result."""
+        return [note for note in self.notes if note.raised]
 
-        "reliable" will need the full-mode probe of DESIGN 5.8, which is still to come.
-        """
-        return "invalid" if self.violations else "doubtful"
+    @property
+    def verdict(self) -> str:
+        """The worst verdict of the table's rows: "invalid", "doubtful" or "reliable" (`evaluation/summary.py`)."""
+        found = set(self.summary()["verdict"])
+        return next(verdict for verdict in VERDICTS if verdict in found)
 
     def summary(self) -> pd.DataFrame:
         """Return the table: one row for each threat; a method that is not applicable has a column of NaN."""
         first = self.records.iloc[0]
-        kept = {(str(first["fingerprint"]), str(first["dataset"])): [asdict(flag) for flag in self.flags]}
+        kept = {(str(first["fingerprint"]), str(first["dataset"])): [asdict(note) for note in self.notes]}
         table = summarize(self.records, kept, self.threats)
         missing = dict.fromkeys(n.method for n in self.not_applicable if n.method not in table.columns)
         for column in [name + end for name in missing for end in ("", "_low", "_high")]:

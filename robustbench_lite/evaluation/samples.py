@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,11 @@ class Samples:
     def targets(self) -> np.ndarray[Any, Any]:
         """The labels as an array."""
         return self.y.numpy()
+
+    def lots(self, purpose: str, seed: int) -> np.ndarray[Any, Any]:
+        """Return a number in [0, 1) for each sample, by image, purpose and seed: the same in every slice."""
+        digests = (hashlib.blake2b(f"{purpose} {seed} {name}".encode(), digest_size=8).digest() for name in self.hashes)
+        return np.array([int.from_bytes(digest, "big") / 2**64 for digest in digests])
 
     def __len__(self) -> int:
         return len(self.hashes)

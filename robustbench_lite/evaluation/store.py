@@ -199,11 +199,11 @@ class Store:
         """
         keep_slice(self.root, fingerprint, dataset, samples)
 
-    def put_flags(self, fingerprint: str, dataset: str, flags: list[dict[str, str]]) -> None:
+    def put_flags(self, fingerprint: str, dataset: str, flags: list[dict[str, Any]]) -> None:
         """Keep the flags that a model raised on a data set, beside those that other slices of it raised.
 
-        A fingerprint stands for one model: what once was a reason to doubt it remains one. Of two flags of one id the
-        newer is kept.
+        A fingerprint stands for one model: what once was a reason to doubt it remains one. Of two flags of one id about
+        one threat the newer is kept.
 
         Raises:
             OSError: they cannot be written.
@@ -214,12 +214,12 @@ class Store:
         except ValueError as error:
             self._report(f"damaged flags {path.name}: {error}; written anew")
             kept = []
-        merged = {flag["id"]: flag for flag in [*kept, *flags]}
+        merged = {tuple(flag.get(name) for name in ("id", "threat", "eps")): flag for flag in [*kept, *flags]}
         if list(merged.values()) != kept:
             put(path, json.dumps(list(merged.values()), indent=1).encode())
 
-    def flags(self) -> dict[tuple[str, str], list[dict[str, str]]]:
-        """Return the kept flags, by (fingerprint, dataset)."""
+    def flags(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
+        """Return the kept flags, and the notes of checks that were made, by (fingerprint, dataset)."""
         found = {}
         for path in sorted((self.root / "flags").glob("*.json")):
             fingerprint, _, dataset = path.stem.partition("-")

@@ -14,8 +14,8 @@ interval.
 - `timeouts` counts samples that a certifier gave up on and no other proved.
 - `incomplete` counts standing, unproven samples that some attack in the records has not seen: 0 for a finished
   evaluation.
-- `verdict` is "invalid" where the audit found a violation, otherwise "doubtful": without a full-mode probe of the
-  attacks against each other (DESIGN 5.8), which is still to come, nothing is "reliable".
+- `verdict` is "invalid" where the audit found a violation; "reliable" where it did not, every attack has seen what it
+  should, the attacks were compared with each other (`evaluation/probe.py`) and no flag was raised; else "doubtful".
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ import numpy as np
 import pandas as pd
 
 from robustbench_lite.evaluation.audit import GROUP, SAMPLE, audit
-from robustbench_lite.evaluation.flags import non_finite
+from robustbench_lite.evaluation.flags import PROBED, non_finite
 from robustbench_lite.evaluation.intervals import clopper_pearson
 
-__all__ = ["summarize"]
+__all__ = ["VERDICTS", "summarize"]
 
-Flags = Mapping[tuple[str, str], Iterable[Mapping[str, str]]]
+Flags = Mapping[tuple[str, str], Iterable[Mapping[str, Any]]]
+
+VERDICTS = ("invalid", "doubtful", "reliable")  # the worst first
 
 _MODEL = ["dataset", "fingerprint", "seed", "precision"]
 _Mask = np.ndarray[Any, np.dtype[np.bool_]]
@@ -45,7 +47,8 @@ def summarize(
 
     Args:
         records: what `Store.records()` or `Report.records` holds.
-        flags: flags that records do not show, by (fingerprint, dataset), as `Store.flags()` returns them.
+        flags: flags that records do not show, and notes of checks, by (fingerprint, dataset), as `Store.flags()` gives
+            them.
         threats: (name, eps) of threats that get a row even where no method could say anything about them.
 
     Raises:
@@ -57,17 +60,26 @@ def summarize(
     attacks: list[str] = []
     certifiers: list[str] = []
     for key, clean, rows in _groups(records, list(threats)):
-        raised = [flag["id"] for flag in (flags or {}).get((key["fingerprint"], key["dataset"]), ())]
+        notes = [note for note in (flags or {}).get((key["fingerprint"], key["dataset"]), ()) if _about(note, key)]
+        raised = [note["id"] for note in notes if note.get("raised", True)]
         broken = non_finite(pd.concat([clean, rows]) if len(rows) else clean)
         raised += [broken.id] if broken else []
         row = _Row(clean, rows)
         attacks, certifiers = attacks + list(row.attacks), certifiers + list(row.certifiers)
-        verdict = "invalid" if tuple(key[name] for name in GROUP) in invalid else "doubtful"
+        figures = row.figures()
+        sound = not raised and bool(row.attacks) and figures["incomplete"] == 0
+        verdict = "reliable" if sound and any(note["id"] == PROBED for note in notes) else "doubtful"
+        verdict = "invalid" if tuple(key[name] for name in GROUP) in invalid else verdict
         name = str(clean["defense"].iloc[-1])
         head = {"dataset": key["dataset"], "defense": name, "fingerprint": key["fingerprint"], "threat": key["threat"]}
         head |= {"eps": key["eps"], "seed": key["seed"], "precision": key["precision"]}
-        table.append(head | row.figures() | {"verdict": verdict, "flags": ", ".join(dict.fromkeys(raised))})
+        table.append(head | figures | {"verdict": verdict, "flags": ", ".join(dict.fromkeys(raised))})
     return _ordered(pd.DataFrame(table), attacks, certifiers)
+
+
+def _about(note: Mapping[str, Any], key: Mapping[str, Any]) -> bool:
+    """Say whether a note concerns a row: it names no threat, or the row's."""
+    return not note.get("threat") or (note["threat"], note["eps"]) == (key["threat"], key["eps"])
 
 
 def _check_one_version(records: pd.DataFrame) -> None:

@@ -1,0 +1,86 @@
+"""A first look at the model on a few images, which finds what no record shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from robustbench_lite.core.checks import check_labels, check_logits, explain_mismatch
+from robustbench_lite.core.goals import Untargeted
+from robustbench_lite.core.losses import margin
+from robustbench_lite.core.models import Model, frozen
+from robustbench_lite.evaluation.flags import Flag, probabilities, randomised, zero_gradients
+from robustbench_lite.evaluation.ledger import EvaluationError
+from robustbench_lite.evaluation.samples import Samples
+from robustbench_lite.evaluation.subject import Subject
+
+__all__ = ["LOOKED_AT", "first_look", "margin_gradients"]
+
+LOOKED_AT = 64  # images: four forward passes on each
+
+
+def first_look(subject: Subject, samples: Samples, seed: int) -> list[Flag]:
+    """Return the flags that the model's answers on the first images raise.
+
+    Raises:
+        TypeError: the model does not answer with a floating-point tensor.
+        ValueError: its answer has the wrong shape, device or dtype do not fit, a label has no logit, or
+            the net is for other images.
+        EvaluationError: the model raised an error of another kind.
+    """
+    x, y = subject.images(samples.x[:LOOKED_AT]), samples.y[:LOOKED_AT].to(subject.device)
+    with subject.seeded(seed):
+        with torch.no_grad(), frozen(subject.model):
+            first, second = _ask(subject.model, x), _ask(subject.model, x)
+        check_logits(first, x)
+        if first.shape[1] < 2:
+            raise ValueError(f"a classifier needs at least two logits, got {first.shape[1]}")
+        highest = int(samples.y.max())
+        if highest >= first.shape[1]:
+            raise ValueError(f"the model returns {first.shape[1]} logits but the data have labels up to {highest}")
+        check_labels(samples.y, samples.x, first.shape[1])
+        dead = zero_gradients(margin_gradients(subject, x, y)) or zero_gradients(
+            _gradients(subject, x, lambda logits: cross_entropy(logits, y, reduction="sum")), "cross-entropy"
+        )
+    found = [probabilities(first), randomised(first, second, subject.stochastic), dead]
+    return [flag for flag in found if flag is not None]
+
+
+def margin_gradients(subject: Subject, x: Tensor, y: Tensor) -> Tensor:
+    """Return the margin's gradients (B, C, H, W) at images, from what an attacker differentiates.
+
+    Zeros where there is none, NaN where it cannot be computed.
+    """
+    return _gradients(subject, x, lambda logits: margin(logits, Untargeted(y)).sum())
+
+
+def _ask(model: Model, x: Tensor) -> Tensor:
+    """Ask the model; say what may be wrong with a forward pass that fails."""
+    try:
+        return model(x)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        kind, shape = type(model).__name__, "x".join(map(str, x.shape[1:]))
+        if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
+            mismatch = explain_mismatch(model, x)
+            raise ValueError(mismatch or f"{kind} cannot take images of shape {shape}: {error}") from error
+        raise EvaluationError(f"{kind} failed on images of shape {shape}: {type(error).__name__}: {error}") from error
+
+
+def _gradients(subject: Subject, x: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+    leaf = x.clone().requires_grad_()
+    with torch.enable_grad(), frozen(subject.model, subject.view):
+        value = loss(_ask(subject.model if subject.view is None else subject.view, leaf))
+        if not value.requires_grad:
+            return torch.zeros_like(x)
+        try:
+            (slope,) = torch.autograd.grad(value, leaf, allow_unused=True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # an operation without a derivative: the flag says so
+            return torch.full_like(x, torch.nan)
+    return torch.zeros_like(x) if slope is None else slope
