@@ -17,7 +17,7 @@ from robustbench_lite.core.goals import Goal, Untargeted
 from robustbench_lite.core.oracle import Oracle
 from robustbench_lite.core.threats import Lp
 
-__all__ = ["Aim", "Question", "descend", "first_violated", "question_cost"]
+__all__ = ["Aim", "Question", "descend", "first_violated"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,11 +74,6 @@ class Question:
 
         _, slope = oracle.gradient(points, rows, loss, noted, candidate=False, through=self.through)
         return noted.notes, slope
-
-
-def question_cost(through: nn.Module) -> int:
-    """Return the forward passes of one call: the most that the module or a part of it says in its attribute `cost`."""
-    return max(int(getattr(part, "cost", 1)) for part in through.modules())
 
 
 def first_violated(values: Tensor, aim: Aim) -> Tensor:

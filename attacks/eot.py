@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from robustbench_lite.core.errors import lookup
 from robustbench_lite.core.losses import Loss
-from robustbench_lite.core.models import Model
+from robustbench_lite.core.models import Model, forward_passes
 from robustbench_lite.core.oracle import Access, Oracle
 from robustbench_lite.core.rng import Streams
 
@@ -52,7 +52,7 @@ class EOT(nn.Module):
             "logits" the mean logits.
 
     Attributes:
-        cost: the forward passes of one call.
+        cost: the forward passes of one call: `samples` times those of the model.
 
     Raises:
         ValueError: no sample, or an unknown average.
@@ -64,11 +64,11 @@ class EOT(nn.Module):
         super().__init__()
         _check_samples(samples)
         self._average = lookup(average, AVERAGES, "average")
-        self.model, self.cost = model, samples
+        self.model, self.samples, self.cost = model, samples, samples * forward_passes(model)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the averaged logits (B, K)."""
-        return self._average(torch.stack([self.model(x) for _ in range(self.cost)]))
+        return self._average(torch.stack([self.model(x) for _ in range(self.samples)]))
 
 
 @dataclass(frozen=True)

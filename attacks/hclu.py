@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_lite.attacks._targets import likeliest_targets
-from robustbench_lite.attacks._violations import Aim, Question, descend, question_cost
+from robustbench_lite.attacks._violations import Aim, Question, descend
 from robustbench_lite.attacks.base import Attack
 from robustbench_lite.core.goals import Goal, Targeted
 from robustbench_lite.core.insides import Uncertain
+from robustbench_lite.core.models import forward_passes
 from robustbench_lite.core.oracle import Oracle
 from robustbench_lite.core.rng import Streams
 from robustbench_lite.core.threats import Lp, Threat
@@ -97,7 +98,7 @@ class HighConfidenceLowUncertainty(Attack):
     def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
         """Head for each wrong class in turn."""
         prediction = _Prediction(oracle.inside(Uncertain))  # type: ignore[type-abstract]
-        question = Question(prediction, question_cost(prediction), self._constraints, 2)
+        question = Question(prediction, forward_passes(prediction), self._constraints, 2)
         headings, bound = self._look(oracle, x, goal, replace(question, constraints=_variance, count=1))
         for number, heading in enumerate(headings * self.restarts):
             rows = oracle.standing(question.cost + oracle.judge_cost)

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_lite.attacks._targets import likeliest_targets
-from robustbench_lite.attacks._violations import Aim, Question, descend, question_cost
+from robustbench_lite.attacks._violations import Aim, Question, descend
 from robustbench_lite.attacks.base import Attack
 from robustbench_lite.core.goals import Goal, Targeted
 from robustbench_lite.core.insides import Rejecting
 from robustbench_lite.core.losses import margin
+from robustbench_lite.core.models import forward_passes
 from robustbench_lite.core.oracle import Oracle
 from robustbench_lite.core.rng import Streams
 from robustbench_lite.core.threats import Lp, Threat
@@ -113,12 +114,12 @@ class RejectionAware(Attack):
         if not self.dear:
             answer = _Answer(detector)
             return [
-                Question(answer, question_cost(answer), lambda values, aim: _both(values, aim, detector.threshold), 2)
+                Question(answer, forward_passes(answer), lambda values, aim: _both(values, aim, detector.threshold), 2)
             ]
         score = _Score(detector)
         return [
             Question(None, oracle.probe_cost, lambda logits, aim: _right(logits, aim).unsqueeze(1), 1),
-            Question(score, question_cost(score), lambda values, aim: values - detector.threshold, 1),
+            Question(score, forward_passes(score), lambda values, aim: values - detector.threshold, 1),
         ]
 
     def _headings(self, oracle: Oracle, x: Tensor, goal: Goal) -> list[Tensor]:

@@ -14,7 +14,18 @@ Model = Callable[[Tensor], Tensor]
 ABSTAIN = -1  # predict's label for "no answer": a detector's rejection, or a vote without a winner
 INVALID = -2  # the logits had a NaN or an infinity: the model's error, counted as broken
 
-__all__ = ["ABSTAIN", "INVALID", "Model", "frozen", "is_stochastic", "labels_of", "own_predict", "predict", "rejects"]
+__all__ = [
+    "ABSTAIN",
+    "INVALID",
+    "Model",
+    "forward_passes",
+    "frozen",
+    "is_stochastic",
+    "labels_of",
+    "own_predict",
+    "predict",
+    "rejects",
+]
 
 
 def labels_of(logits: Tensor) -> Tensor:
@@ -49,6 +60,15 @@ def is_stochastic(model: Model) -> bool:
 def rejects(model: Model) -> bool:
     """Say whether the model declares that `ABSTAIN` means "suspicious input" (a detector)."""
     return bool(getattr(model, "rejects", False))
+
+
+def forward_passes(model: Model) -> int:
+    """Return the forward passes of one call: the most that the model or a module inside says in its attribute `cost`.
+
+    A module that calls another one several times says the product, as `EOT` does.
+    """
+    parts = model.modules() if isinstance(model, nn.Module) else [model]
+    return max(int(getattr(part, "cost", 1)) for part in parts)
 
 
 @contextmanager

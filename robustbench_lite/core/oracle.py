@@ -29,7 +29,15 @@ from robustbench_lite.core.incumbent import UNKNOWN, Incumbent
 from robustbench_lite.core.ledger import Ledger
 from robustbench_lite.core.losses import Loss, margin
 from robustbench_lite.core.memory import Memory
-from robustbench_lite.core.models import Model, frozen, is_stochastic, labels_of, own_predict, rejects
+from robustbench_lite.core.models import (
+    Model,
+    forward_passes,
+    frozen,
+    is_stochastic,
+    labels_of,
+    own_predict,
+    rejects,
+)
 from robustbench_lite.core.threats import Threat
 
 __all__ = ["Access", "AccessDeniedError", "Oracle", "OutOfBudgetError", "Stop", "Transform"]
@@ -118,7 +126,7 @@ class Oracle:
         self._screens = bool(getattr(self._view, "screens", False)) and self._own_predict is None
         # One pass serves loss, success and gradient.
         self._one_pass = self._screens or (self._view is model and self._own_predict is None)
-        self._view_cost = _cost(self._view)
+        self._view_cost = forward_passes(self._view)
         self.stochastic, self.rejects = is_stochastic(model), rejects(model)
         self.memory_budget = memory_budget
         self._memory = Memory(memory_budget, x, watch=not hasattr(model, "_orig_mod"), passes=self._view_cost)
@@ -232,7 +240,7 @@ class Oracle:
                 slope = _input_gradient(value, leaf)
             return value.detach(), slope, logits.detach()
 
-        probe = self._view_cost if through is None else _cost(through)
+        probe = self._view_cost if through is None else forward_passes(through)
         self._pay(rows, self.gradient_cost if candidate else probe, backwards=1)
         value, slope, logits = self._memory.ask(ask, rows.numel(), graph=True)
         if candidate:
@@ -497,12 +505,6 @@ def _checked_values(values: Tensor, images: Tensor, version: int | None) -> Tens
     if values.ndim != 2 or len(values) != len(images):
         raise ValueError(f"what is asked `through` must give ({len(images)}, anything), got {tuple(values.shape)}")
     return values
-
-
-def _cost(view: Model) -> int:
-    """Return the forward passes of one call of a view: the most that it or a module inside says."""
-    parts = view.modules() if isinstance(view, nn.Module) else [view]
-    return max(int(getattr(part, "cost", 1)) for part in parts)
 
 
 def _answers(logits: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from torch import nn
 
 from robustbench_lite.attacks import BPDA, EOT, PGD, ExpectedGradient
 from robustbench_lite.core.goals import Untargeted
-from robustbench_lite.core.losses import cross_entropy
+from robustbench_lite.core.losses import cross_entropy, margin
 from robustbench_lite.core.models import predict
+from robustbench_lite.core.oracle import Oracle
 from robustbench_lite.core.threats import Lp
 
 
@@ -85,9 +86,24 @@ def test_eot_averages_what_its_name_says(images):
         EOT(draws, 0)
 
 
+def test_an_average_of_averages_pays_for_every_draw(images):
+    class Counted(Noisy):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    model = Counted()
+    view = nn.Sequential(EOT(EOT(model, 5), 4))
+    with Oracle(model, images, Untargeted(torch.zeros(12, dtype=torch.int64)), Lp("linf", 0.3), view=view) as oracle:
+        oracle.gradient(images, torch.arange(12), margin, candidate=False)
+    assert model.calls == 20
+    assert (oracle.forwards == 20).all()
+
+
 @pytest.mark.parametrize("use", ["view", "estimator"])
 def test_averaged_gradients_come_nearer_to_the_true_one_and_all_draws_are_counted(use, images):
-    from robustbench_lite.core.oracle import Oracle
     from robustbench_lite.core.rng import Streams
 
     model, goal = Noisy(), Untargeted(torch.zeros(12, dtype=torch.int64))
