@@ -49,7 +49,7 @@ class Survey(nn.Module):
         self.defense = defense
         inside = cast(Neighbours, defense)
         self._labels = inside.reference_labels
-        self._classes = int(self._labels.max()) + 1
+        self._classes = inside.num_classes
         self._half = half
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class Survey(nn.Module):
             points: (n, C, H, W).
             rows: int64 (n,).
             pulled: classes chosen earlier, int64 (n,); None: choose the `rank`-th nearest other class.
-            rank: from 0; past the last class it begins anew.
+            rank: from 0; past the last class that has samples it begins anew.
         """
         inside, layers = cast(Neighbours, self.defense), len(cast(Neighbours, self.defense).references)
         width = layers + self._classes * (1 + self._half)
@@ -166,9 +166,11 @@ class Guides:
 def _classes(goal: Goal, means: Tensor, pulled: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
     """Return the classes (n,) that guides push from and pull to, from the classes' mean nearness (n, K)."""
     own = goal.labels.unsqueeze(1)
-    others = means.scatter(1, own, torch.inf).argsort(dim=1)
+    others = means.scatter(1, own, torch.inf)
+    order = others.argsort(dim=1)
     if isinstance(goal, Targeted):
-        return others[:, 0], goal.labels
+        return order[:, 0], goal.labels
     if pulled is None:
-        pulled = others[:, rank % max(means.shape[1] - 1, 1)]
+        count = others.isfinite().sum(dim=1, keepdim=True).clamp_min(1)
+        pulled = order.gather(1, rank % count).squeeze(1)
     return goal.labels, pulled

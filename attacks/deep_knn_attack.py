@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from robustbench_lite.attacks._guides import Embedding, Guides, Survey
 from robustbench_lite.attacks.base import Attack
-from robustbench_lite.core.goals import Goal
+from robustbench_lite.core.goals import Goal, Targeted
 from robustbench_lite.core.insides import Neighbours
 from robustbench_lite.core.oracle import Oracle
 from robustbench_lite.core.rng import Streams
@@ -78,8 +78,13 @@ class DeepKNNAttack(Attack):
         return isinstance(threat, Lp) and (threat.norm == "l2" or (threat.norm == "linf" and threat.eps is not None))
 
     def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
-        """Search from the clean images, `runs` times."""
+        """Search from the clean images, `runs` times.
+
+        Raises:
+            ValueError: a target of which the defense has no training sample.
+        """
         inside = oracle.inside(Neighbours)  # type: ignore[type-abstract]
+        _check_targets(goal, inside.reference_labels)
         embedding, survey = Embedding(cast(nn.Module, inside)), Survey(cast(nn.Module, inside), self.guides // 2)
         search = _Constants.start(len(x), self.initial_const, self.guides // 2, x.device)
         for number in range(self.runs):
@@ -188,3 +193,14 @@ class _Constants:
         low = torch.where(won, self.low, self.const)
         const = torch.where(high.isinf(), self.const * 10, torch.where(low == 0, self.const / 10, (low + high) / 2))
         return _Constants(const, low, high, torch.where(won, halves, self.halves))
+
+
+def _check_targets(goal: Goal, labels: Tensor) -> None:
+    if not isinstance(goal, Targeted):
+        return
+    missing = goal.labels[torch.isin(goal.labels, labels, invert=True)].unique().tolist()
+    if missing:
+        raise ValueError(
+            f"the defense has no training sample of class {', '.join(map(str, missing))}, so it never answers that: "
+            f"choose targets among the classes {labels.unique().tolist()}"
+        )

@@ -40,6 +40,8 @@ class Neighbours(Protocol):
 
     k: int
     """Neighbours that vote in each layer."""
+    num_classes: int
+    """Classes that it can answer, of which some may have no training sample."""
     references: list[Tensor]
     """For each layer the embeddings (N, D) of the training samples."""
     reference_labels: Tensor

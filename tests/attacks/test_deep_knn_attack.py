@@ -14,6 +14,7 @@ from robustbench_lite.core.errors import NotApplicableError
 from robustbench_lite.core.goals import Targeted
 from robustbench_lite.core.models import predict
 from robustbench_lite.core.threats import Lp
+from robustbench_lite.data.base import Dataset
 from robustbench_lite.defenses import DeepKNN
 from tests.defenses.contract_cases import blobs, fitted
 
@@ -21,16 +22,16 @@ from tests.defenses.contract_cases import blobs, fitted
 class Plane(nn.Module):
     """k-nearest neighbours of points in the unit square, compared as they are, with gradients of nothing."""
 
-    def __init__(self, points: Tensor, labels: Tensor, k: int) -> None:
+    def __init__(self, points: Tensor, labels: Tensor, k: int, num_classes: int = 3) -> None:
         super().__init__()
-        self.k, self.references, self.reference_labels = k, [points], labels
+        self.k, self.references, self.reference_labels, self.num_classes = k, [points], labels, num_classes
 
     def embed(self, x: Tensor) -> list[Tensor]:
         return [x.flatten(1)]
 
     def forward(self, x: Tensor) -> Tensor:
         rows = torch.cdist(x.flatten(1), self.references[0]).topk(self.k, dim=1, largest=False).indices
-        return nn.functional.one_hot(self.reference_labels[rows], 3).sum(dim=1).to(x.dtype)
+        return nn.functional.one_hot(self.reference_labels[rows], self.num_classes).sum(dim=1).to(x.dtype)
 
 
 def plane(k: int = 3) -> Plane:
@@ -155,14 +156,31 @@ def test_a_class_with_few_samples_or_none_is_no_obstacle() -> None:
     model = plane(1)
     keep = (model.reference_labels != 2).nonzero().flatten()
     keep = torch.cat([keep, (model.reference_labels == 2).nonzero().flatten()[:1]])
-    few = Plane(model.references[0][keep], model.reference_labels[keep] * 2, 1)  # classes 0, 2 and, once, 4
-    few.forward = lambda x: nn.functional.one_hot(  # type: ignore[method-assign]
-        few.reference_labels[torch.cdist(x.flatten(1), few.references[0]).argmin(dim=1)], 5
-    ).to(x.dtype)
+    few = Plane(model.references[0][keep], model.reference_labels[keep] * 2, 1, 6)  # classes 0, 2 and, once, 4
     x, _ = queries(model, 6)
-    found = DeepKNNAttack(**SMALL)(few, x, few(x).argmax(dim=1), Lp("l2", None))
+    attack, y = DeepKNNAttack(**SMALL), few(x).argmax(dim=1)
+    found = attack(few, x, y, Lp("l2", None))
     assert found.x_adv.isfinite().all()
     assert found.success.double().mean() > 0.5
+    plain = Plane(few.references[0], few.reference_labels // 2, 1)  # the same without empty classes
+    for threat in (Lp("l2", None), Lp("linf", 0.2)):
+        one, other = attack(few, x, y, threat), attack(plain, x, y // 2, threat)
+        assert torch.equal(one.x_adv, other.x_adv)
+    assert attack(few, x, Targeted(torch.full((6,), 4)), Lp("l2", None)).success.any()
+    with pytest.raises(ValueError, match=r"no training sample of class 3, 5.*among the classes \[0, 2, 4\]"):
+        attack(few, x, Targeted(torch.tensor([0, 2, 3, 4, 5, 5])), Lp("l2", None))
+
+
+def test_a_trained_defense_without_samples_of_its_last_class_is_attacked_and_refuses_it_as_a_target() -> None:
+    data, calibration = blobs(60), blobs(90, "calibration", 1)
+    keep = data.labels != 2
+    part = Dataset("blobs", "train", data.images[keep], data.labels[keep], data.indices[keep], 3)
+    model = DeepKNN(defense().net, 10, calibration=60).eval()
+    model.fit(part, calibration)
+    x, y = calibration.images[:6], calibration.labels[:6]
+    assert DeepKNNAttack(**SMALL)(model, x, y, Lp("l2", None)).success.any()
+    with pytest.raises(ValueError, match="no training sample of class 2"):
+        DeepKNNAttack(**SMALL)(model, x, Targeted(torch.full((6,), 2)), Lp("l2", None))
 
 
 def test_models_threats_and_settings_that_do_not_fit_are_named() -> None:

@@ -126,6 +126,30 @@ def test_the_radius_is_pixel_dps_with_the_rival_raised_by_what_a_vote_needs() ->
     assert (found[:3] <= theirs.radii(p1[:3], p2[:3], "l2", votes)).all()
 
 
+class Broken(nn.Module):
+    """Class 0 where the first value is at most 1/2, and not finite above."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = x[:, 0, 0, 0]
+        return torch.stack([torch.where(first > 0.5, torch.nan, 1.0), torch.zeros_like(first)], dim=1)
+
+
+@pytest.mark.parametrize(("p", "certified"), [(0.54, False), (0.85, True)])
+def test_answers_that_are_not_finite_are_a_rival(p: float, certified: bool) -> None:
+    """They win a vote like a class: from probability p the answer turns after Phi^-1(p) deviations."""
+    scale, y = 0.4, torch.zeros(1, dtype=torch.int64)
+    defense = PixelDPClassifier(Broken(), scale, n=10_000, draws=2000).eval()
+    distance = scale * float(norm.ppf(p))
+    x = torch.full((1, 1, 2, 2), 0.5 - distance)
+    (certifier,) = defense.certifiers()
+    found = certifier(defense, x, y, Lp("l2", 0.001))
+    assert bool(found.certified) == certified
+    assert float(found.radius) < distance
+    torch.manual_seed(0)
+    x[:, :, 0, 0] += found.radius.float()
+    assert not certified or all(int(predict(defense, x)) == 0 for _ in range(20))
+
+
 @pytest.mark.parametrize(("classes", "draws"), [(2, 200), (10, 500)])
 def test_that_lead_is_enough_for_a_vote(classes: int, draws: int) -> None:
     alpha, trials = 0.05, 20_000
