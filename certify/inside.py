@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, cast
 
 from torch import Tensor
@@ -19,10 +20,11 @@ __all__ = ["Inside"]
 
 @dataclass(frozen=True)
 class Inside(Certifier):
-    """Certify a part of the deployed model: `Inside(RandomizedSmoothing(0.5))` for a defense that votes around `net`.
+    """Certify a part of the deployed model: `Inside(SmoothedVote(0.5, 1000))` for a defense that votes around `net`.
 
     That the certificate of the part holds for the whole is the claim of who binds it; a defense does so in its
-    `certifiers()`. An evaluation tests the claim: an attack inside a certified radius is a violation.
+    `certifiers()`. An evaluation tests the claim: an attack inside a certified radius is a violation. `kind`, `cheap`,
+    `forgives` and `version` are the certifier's; `smooths` is not, for the claim is about what is deployed.
 
     Attributes:
         certifier: makes the certificate.
@@ -32,15 +34,10 @@ class Inside(Certifier):
     certifier: Certifier
     part: str = "net"
 
-    @property
-    def kind(self) -> str:  # type: ignore[override]
-        """That of the certifier."""
-        return self.certifier.kind
-
-    @property
-    def cheap(self) -> bool:  # type: ignore[override]
-        """As the certifier."""
-        return self.certifier.cheap
+    kind = property(attrgetter("certifier.kind"))
+    cheap = property(attrgetter("certifier.cheap"))
+    forgives = property(attrgetter("certifier.forgives"))
+    version = property(attrgetter("certifier.version"))
 
     def supports(self, threat: Threat) -> bool:
         """Say what the certifier says."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,18 @@ def test_it_speaks_for_its_certifier() -> None:
     assert not smoothing.smooths
     assert smoothing.supports(Lp("l2", 1))
     assert not Inside(IBP()).supports(Lp("l0", 1))
+
+
+def test_what_a_table_asks_of_a_class_is_the_certifiers() -> None:
+    class Other(IBP):
+        kind: ClassVar[str] = "estimate"
+        cheap: ClassVar[bool] = False
+        forgives: ClassVar[bool] = True
+        version: ClassVar[int] = 7
+
+    for inner in (IBP(), Other()):
+        for name in ("kind", "cheap", "forgives", "version"):
+            assert getattr(Inside(inner), name) == getattr(inner, name)
 
 
 def test_a_model_without_the_part_is_refused() -> None:
