@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustbench_lite.certify.errors import CannotCertify
 from robustbench_lite.core.models import Model, own_predict
 
 __all__: list[str] = []
@@ -70,8 +71,9 @@ class Sensitivity:
 
     Raises:
         TypeError: the model has no layers to name.
-        ValueError: no such layer, one that does not depend on the input in an affine way, one that the input can
-            bypass, or one too large for its matrix.
+        ValueError: no such layer.
+        CannotCertify: it does not depend on the input in an affine way, the input can bypass it, or it is too large for
+            its matrix.
     """
 
     @torch.no_grad()
@@ -84,7 +86,7 @@ class Sensitivity:
         offset = self._output(zero)
         self.shape = offset.shape[1:]
         if offset.numel() * zero.numel() > MOST_VALUES:
-            raise ValueError(
+            raise CannotCertify(
                 f"layer {name!r} maps {zero.numel()} values to {offset.numel()}: too many for its exact norm; add the "
                 "noise to the input (layer=None)"
             )
@@ -92,7 +94,7 @@ class Sensitivity:
         self._check_affine(matrix, zero, offset)
         self._check_bypass(zero)
         if not bool(matrix.any()):
-            raise ValueError(f"layer {name!r} does not depend on the input")
+            raise CannotCertify(f"layer {name!r} does not depend on the input")
         lengths = torch.linalg.vector_norm(matrix, dim=1)
         gram = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
         self.l2_to_l2 = float(torch.linalg.eigvalsh(gram)[-1].clamp_min(0).sqrt()) * WIDENING
@@ -112,7 +114,7 @@ class Sensitivity:
                 self._model(x)
         except _Reached:
             return seen[0]
-        raise ValueError(f"the model's forward pass does not run layer {self._name!r}")
+        raise CannotCertify(f"the model's forward pass does not run layer {self._name!r}")
 
     def _matrix(self, zero: Tensor, offset: Tensor) -> Tensor:
         """Return the columns (values of the input, values of the output)."""
@@ -125,7 +127,11 @@ class Sensitivity:
         x = (torch.randn(16, *zero.shape[1:], generator=source, dtype=torch.float64) * 3).to(zero.device)
         found, expected = self._output(x).flatten(1), x.flatten(1) @ matrix + offset.flatten(1)
         if not bool(((found - expected).abs() <= AFFINE * expected.abs().max()).all()):
-            raise ValueError(f"layer {self._name!r} is no affine function of the input: its sensitivity is not known")
+            others = ", ".join(affine_layers(self._model, zero)) or "none"
+            raise CannotCertify(
+                f"layer {self._name!r} is no affine function of the input, so its sensitivity is not known; of the "
+                f"model's layers these are affine: {others}; noise can also be added to the input (layer=None)"
+            )
 
     def _check_bypass(self, zero: Tensor) -> None:
         """Check that the model sees the input through the noisy layer alone, and through one call of it.
@@ -155,4 +161,35 @@ class Sensitivity:
                 answers = ask(x).double()
             moved = (answers[::2] - answers[1::2]).abs().max()
             if len(calls) != 1 or not bool(moved <= AFFINE * answers.abs().max()):
-                raise ValueError(f"the input reaches the answer by another way than one call of layer {self._name!r}")
+                raise CannotCertify(
+                    f"the input reaches the answer by another way than one call of layer {self._name!r}"
+                )
+
+
+def affine_layers(model: Model, zero: Tensor) -> list[str]:
+    """Return the names of the layers that answer a sum of images by a sum, as they are called.
+
+    Args:
+        model: a copy in float64, which is spoilt.
+        zero: the image (1, C, H, W) of zeros.
+    """
+    if not isinstance(model, nn.Module):
+        return []
+    seen: dict[str, list[Any]] = {}
+
+    def record(name: str, output: Any) -> None:
+        seen.setdefault(name, []).append(output.clone() if isinstance(output, Tensor) else output)
+
+    for name, layer in model.named_modules():
+        layer.register_forward_hook(lambda _, __, output, name=name: record(name, output))
+    source = torch.Generator().manual_seed(2)
+    one, other = torch.randn(2, *zero.shape, generator=source, dtype=torch.float64).to(zero.device)
+    model(torch.cat([one, other, one + other, zero]))
+    return [name for name, outputs in seen.items() if name and len(outputs) == 1 and _additive(outputs[0])]
+
+
+def _additive(output: Any) -> bool:
+    if not isinstance(output, Tensor) or len(output) != 4:
+        return False
+    one, other, both, zero = output.double()
+    return bool((one + other - both - zero).abs().max() <= AFFINE * output.abs().max())

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustbench_lite.certify.noise import GaussianNoise, LaplaceNoise
+from robustbench_lite.certify.pixel_dp import PixelDP
 from robustbench_lite.core.errors import lookup
+from robustbench_lite.core.models import frozen
 from robustbench_lite.defenses.base import Batch, Objective, State, Step, TrainingData
 from robustbench_lite.defenses.noise_after import named_layer, noise_after
 
@@ -49,7 +51,7 @@ class PixelDPTraining(Objective):
 
     Raises:
         ValueError: a scale that is not positive, an unknown noise, a negative step; at the start of the training also a
-            layer that the net does not have.
+            layer that the net does not have, or whose noise proves nothing, such as one behind a ReLU.
     """
 
     scale: float
@@ -63,9 +65,12 @@ class PixelDPTraining(Objective):
             raise ValueError(f"parseval is the step of a projection, in [0, 1), got {self.parseval}")
 
     def setup(self, model: nn.Module, data: TrainingData) -> State:
-        """Look whether the layer exists."""
+        """Look whether noise after the layer can be certified, before a training is spent on it."""
         if self.layer is not None:
-            named_layer(model, self.layer)
+            law = PIXEL_DP_NOISE[self.noise](self.scale)
+            with frozen(model):
+                device = next(model.parameters()).device
+                PixelDP(law, str(self.layer)).corruption(model, data.images[:1].to(device), (0.0, 1.0))
         return None
 
     def loss(self, model: nn.Module, batch: Batch, step: Step, state: Any, streams: Streams) -> Tensor:

@@ -230,7 +230,7 @@ def test_training_keeps_the_layer_near_norm_one_where_noise_would_have_it_grow()
         ("noise", lambda: PixelDPTraining(0.5, noise="uniform")),
         ("parseval", lambda: PixelDPTraining(0.5, parseval=-1)),
         ("no layer 'third'; the net has first", lambda: classifier("third")),
-        ("no layer 'third'", lambda: PixelDPTraining(0.5, "third").setup(HalfSpace(), dataset())),
+        ("no layer 'third'; the model has", lambda: PixelDPTraining(0.5, "third").setup(HalfSpace(), dataset())),
         ("scale", lambda: PixelDPClassifier(HalfSpace(), -1, noise="laplace")),
         ("alpha", lambda: classifier(None, alpha=2)),
         ("draws", lambda: classifier(None, draws=0)),
@@ -245,8 +245,32 @@ def test_a_layer_may_be_named_by_its_number() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     assert PixelDPClassifier(net, SCALE, 1).certifier.source == (GaussianNoise(SCALE), "1")
     assert PixelDPTraining(SCALE, 0).setup(net, dataset()) is None
-    with pytest.raises(ValueError, match="no layer 2; the net has 0, 1"):
+    with pytest.raises(ValueError, match="no layer '2'; the model has 0, 1"):
         PixelDPTraining(SCALE, 2).setup(net, dataset())
+
+
+def late(inplace: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU(inplace))
+    return nn.Sequential(first, nn.Flatten(), nn.BatchNorm1d(2), nn.Linear(2, 2)).eval()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_layer_behind_a_relu_is_refused_before_the_training_with_those_that_are_possible(inplace: bool) -> None:
+    net = late(inplace).train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(ValueError, match=r"layer '2' is no affine .* these are affine: 0\.0; noise can also .* input"):
+        PixelDPTraining(SCALE, 2).setup(net, dataset())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert net.training
+    PixelDPTraining(SCALE, "0.0").setup(net, dataset())
+
+
+def test_an_evaluation_lives_though_the_layer_has_no_certificate() -> None:
+    defense = PixelDPClassifier(late(), SCALE, 3, n0=20, n=500, draws=100).eval()
+    report = evaluate(defense, (at_distance([0.1, 0.4]), torch.ones(2, dtype=torch.int64)), Lp("l2", 0.05))
+    (refused,) = [row for row in report.not_applicable if row.method.startswith("Inside")]
+    assert "'3' is no affine function" in refused.reason
 
 
 def test_it_says_how_to_rebuild_it() -> None:
