@@ -46,6 +46,7 @@ def test_the_snippets_run(page, capsys):
         exec(compile(code, f"{page}, snippet {number}", "exec"), {"__name__": "snippet"})
 
 
-def test_the_table_of_methods_is_that_of_the_registry():
-    page = runpy.run_path(str(ROOT / "docs" / "methods.py"))["page"]()
-    assert (ROOT / "docs" / "methods.md").read_text() == page, "run: python docs/methods.py > docs/methods.md"
+@pytest.mark.parametrize("name", ["methods", "flags"])
+def test_pages_made_from_the_code_are_up_to_date(name):
+    page = runpy.run_path(str(ROOT / "docs" / f"{name}.py"))["page"]()
+    assert (ROOT / "docs" / f"{name}.md").read_text() == page, f"run: python docs/{name}.py > docs/{name}.md"

@@ -75,7 +75,7 @@ def _arranged(arguments: Sequence[str], sweep: str) -> list[str]:
 
 
 def register() -> None:
-    """Make the zoo's entries known to Hydra as `defense=<data>/<name>`, and `${zoo_entries:<data>}` in configs."""
+    """Make the zoo's entries known to Hydra: `defense=<data>/<name>`, `${zoo_entries:<data>,<which>}` in configs."""
     store = ConfigStore.instance()
     for name in zoo.names():
         data, _, entry = name.partition("/")
@@ -89,9 +89,14 @@ def register() -> None:
     OmegaConf.register_new_resolver("sweep_folder", cache(folder_for), replace=True)
 
 
-def _zoo_entries(data: str) -> str:
+def _zoo_entries(data: str, which: str) -> str:
     """Return the zoo's defenses of a data set as a sweep: "digits/ibp,digits/standard"."""
+    if which not in ("nets", "all"):
+        raise ValueError(
+            f"entries must be nets or all, got {which}; for some of them: defense=digits/ibp,digits/trades"
+        )
     found = zoo.names(ZOO_OF.get(data, data))
+    found = [name for name in found if which == "all" or zoo.card(name)["wrapper"] is None]
     if not found:
         there = ", ".join(sorted({name.partition("/")[0] for name in zoo.names()})) or "none yet"
         raise ValueError(

@@ -30,6 +30,7 @@ from robustbench_lite.zoo.cards import WEIGHTS, entry_folder
 __all__ = ["OWN", "Done", "evaluate_job", "key_of", "plain_config"]
 
 OWN = "own"  # model.weights of a net that loads them itself
+_SETTINGS = ("seed", "mode", "audit", "probed", "adaptive", "batch_size", "device", "max_queries", "precision")
 _PRECISIONS = ("auto", "float32", "float64")
 _IGNORED = ("attack", "attacks", "certifier", "certifiers")  # at the top level nobody would read them
 _NOT_KEYED = ("store", "device", "batch_size", "usual_eps", "experiment")  # the answer does not depend on them
@@ -224,7 +225,17 @@ def _compute(plain: dict[str, Any], store: Path | None, key: str | None) -> Done
             progress=sys.stderr.isatty(),
             **{
                 name: plain[name]
-                for name in ("seed", "mode", "audit", "adaptive", "batch_size", "device", "max_queries", "precision")
+                for name in (
+                    "seed",
+                    "mode",
+                    "audit",
+                    "probed",
+                    "adaptive",
+                    "batch_size",
+                    "device",
+                    "max_queries",
+                    "precision",
+                )
             },
         )
     except UnsavedError as error:

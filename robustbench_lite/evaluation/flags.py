@@ -6,6 +6,7 @@ with each other come from the probe (`probe.py`); `non_finite` comes from the re
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -77,7 +78,7 @@ def _flag(remedy: str) -> Callable[[Callable[P, str | None]], Callable[P, Flag |
     """Make a flag of a function that returns evidence, and list it in `FLAGS`."""
 
     def make(find: Callable[P, str | None]) -> Callable[P, Flag | None]:
-        lines = " ".join((find.__doc__ or "").split("Args:")[0].split())
+        lines = re.sub(r" \(B[^)]*\)", "", " ".join((find.__doc__ or "").split("Args:")[0].split()))  # no shapes
         FLAGS[find.__name__] = Kind(lines.removeprefix("Raised if "), remedy)
 
         @wraps(find)
@@ -154,13 +155,13 @@ def unstable_gradients(first: Tensor, second: Tensor) -> str | None:
 
 @_flag("gradients are masked at a distance: attack from many starts, by another loss, and without gradients")
 def single_step_beats_iterative(single: Tensor, iterative: Tensor) -> str | None:
-    """Raised if one step breaks samples (B,) that many steps do not: more than 2, and than 2 %."""
+    """Raised if one step breaks samples (B,) that many steps do not: more than 3, and than 2 %."""
     return _missed(single, iterative, "one step breaks {} of {} samples that many steps leave standing")
 
 
 @_flag("gradients are masked: trust the attack that needs none, with more queries; give the defense an attack_view")
 def blind_beats_gradients(blind: Tensor, gradients: Tensor, names: Tensor) -> str | None:
-    """Raised if Square breaks samples (B,) that no attack with gradients does: more than 2, and than 2 %.
+    """Raised if Square breaks samples (B,) that no attack with gradients does: more than 3, and than 2 %.
 
     Args:
         blind: which samples fell to the attack without gradients.
@@ -173,7 +174,7 @@ def blind_beats_gradients(blind: Tensor, gradients: Tensor, names: Tensor) -> st
 
 @_flag("gradients are masked: attack without them, and give the defense an attack_view")
 def noise_beats_gradients(noise: Tensor, gradients: Tensor, names: Tensor) -> str | None:
-    """Raised if random noise breaks samples (B,) that no attack with gradients does: more than 2, and than 2 %.
+    """Raised if random noise breaks samples (B,) that no attack with gradients does: more than 3, and than 2 %.
 
     Args:
         noise: which samples fell to the noise.
@@ -186,25 +187,25 @@ def noise_beats_gradients(noise: Tensor, gradients: Tensor, names: Tensor) -> st
 
 @_flag("a larger budget contains the smaller: the attacks at the larger one are too weak; more steps, more restarts")
 def not_monotone(smaller: Tensor, larger: Tensor) -> str | None:
-    """Raised if samples (B,) fall at half of eps, but not at eps: more than 2, and than 2 %."""
+    """Raised if samples (B,) fall at half of eps, but not at eps: more than 3, and than 2 %."""
     return _missed(smaller, larger, "{} of {} samples fall at half of eps, but not at eps")
 
 
 @_flag("a budget that allows every image must break every sample: gradients are masked")
 def out_of_reach(vast: Tensor) -> str | None:
-    """Raised if samples (B,) withstand a budget that allows every image: more than 2, and than 2 %."""
+    """Raised if samples (B,) withstand a budget that allows every image: more than 3, and than 2 %."""
     return _missed(~vast, vast, "{} of {} samples withstand a budget that allows every image")
 
 
 @_flag("the attacks have not converged: add steps until the figure no longer falls")
 def steps_help(reported: Tensor, longer: Tensor) -> str | None:
-    """Raised if PGD with 160 steps breaks samples (B,) that the evaluation left standing: more than 2, and than 2 %."""
+    """Raised if PGD with 160 steps breaks samples (B,) that the evaluation left standing: more than 3, and than 2 %."""
     return _missed(longer, reported, "160 steps break {} of {} samples that the evaluation left standing")
 
 
 @_flag("the attacks have not converged: add restarts until the figure no longer falls")
 def restarts_help(reported: Tensor, restarted: Tensor) -> str | None:
-    """Raised if PGD with 5 restarts breaks samples (B,) that the evaluation left standing: more than 2, and 2 %."""
+    """Raised if PGD with 5 restarts breaks samples (B,) that the evaluation left standing: more than 3, and 2 %."""
     return _missed(restarted, reported, "5 restarts break {} of {} samples that the evaluation left standing")
 
 
@@ -231,4 +232,4 @@ def _listed(names: Tensor) -> str:
 def _missed(weak: Tensor, strong: Tensor, text: str) -> str | None:
     """Say how many samples fell to the weak attack alone, where it is more than chance would have it."""
     count, n = int((weak & ~strong).sum()), len(weak)
-    return text.format(count, n) if count > max(2, 0.02 * n) else None
+    return text.format(count, n) if count > max(3, 0.02 * n) else None

@@ -98,14 +98,15 @@ def _compared(trials: _Trials, fallen: set[int]) -> list[Flag | None]:
     reported = torch.tensor([index in fallen for index in trials.names.tolist()])
     single, base, longer = (trials.falls(one) for one in (FGSM(), attack, replace(attack, steps=4 * STEPS)))
     restarted = base | trials.falls(replace(attack, restarts=5))
-    gradients, noise = base | single | longer | restarted, trials.falls(RandomNoise(draws=100))
+    iterative, noise = base | longer | restarted, trials.falls(RandomNoise(draws=100))
+    gradients = iterative | single
     square = Square(queries=500)
     blind = trials.falls(square) if square.supports(trials.threat) else torch.zeros_like(noise)
     half = trials.falls(attack, float(trials.threat.size or 0.0) / 2)
     return [
         judge.noise_beats_gradients(noise, gradients, trials.names),
         judge.blind_beats_gradients(blind, gradients, trials.names),
-        judge.single_step_beats_iterative(single, base | longer),
+        judge.single_step_beats_iterative(single, iterative),
         judge.steps_help(reported, longer),
         judge.restarts_help(reported, restarted),
         judge.not_monotone(half, gradients | reported),
