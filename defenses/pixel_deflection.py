@@ -28,7 +28,7 @@ class PixelDeflection(Transformed):
         net: images (B, C, H, W) to logits.
         deflections: values replaced in each channel.
         window: furthest neighbour, in pixels along each axis.
-        sigma: standard deviation of the noise that the wavelets are to remove; 0: none is removed.
+        wavelet_sigma: standard deviation of the noise that the wavelets are to remove; 0: none is removed.
 
     Raises:
         ValueError: a setting out of range.
@@ -36,17 +36,18 @@ class PixelDeflection(Transformed):
 
     stochastic: ClassVar[bool] = True
 
-    def __init__(self, net: nn.Module, deflections: int = 20, window: int = 3, sigma: float = 0.04) -> None:
+    def __init__(self, net: nn.Module, deflections: int = 20, window: int = 3, wavelet_sigma: float = 0.04) -> None:
         super().__init__(net)
-        if deflections < 1 or window < 1 or not 0 <= sigma < math.inf:
+        if deflections < 1 or window < 1 or not 0 <= wavelet_sigma < math.inf:
             raise ValueError(
-                f"need deflections >= 1, window >= 1 and sigma >= 0, got {deflections}, {window} and {sigma:g}"
+                "need deflections >= 1, window >= 1 and wavelet_sigma >= 0, got "
+                f"{deflections}, {window} and {wavelet_sigma:g}"
             )
-        self.deflections, self.window, self.sigma = deflections, window, sigma
+        self.deflections, self.window, self.wavelet_sigma = deflections, window, wavelet_sigma
 
     def transform(self, x: Tensor) -> Tensor:
         """Return the images, deflected and denoised."""
-        return denoised(self.deflected(x), self.sigma)
+        return denoised(self.deflected(x), self.wavelet_sigma)
 
     def deflected(self, x: Tensor) -> Tensor:
         """Return the images (B, C, H, W) with some values replaced by neighbours."""

@@ -17,7 +17,7 @@ from robustbench_lite.core.models import predict
 from robustbench_lite.core.oracle import Oracle
 from robustbench_lite.core.rng import Streams
 from robustbench_lite.core.threats import Lp
-from robustbench_lite.defenses import InputNoise, SmoothedClassifier
+from robustbench_lite.defenses import InputNoise, PixelDeflection, SmoothedClassifier
 
 SIGMA = 0.2
 THREATS = [Lp("linf", 0.2), Lp("l2", 1.0), Lp("l1", 4.0)]
@@ -167,8 +167,9 @@ def test_restarts_have_other_draws_and_another_start() -> None:
 
 def test_it_is_for_votes_under_noise_alone() -> None:
     x = images()
-    with pytest.raises(NotApplicableError, match="Smoothed"):
-        SmoothAdv()(net(), x, labels(x), Lp("l2", 0.5))
+    for other in (net(), PixelDeflection(net())):  # the latter removes noise, and adds none
+        with pytest.raises(NotApplicableError, match="Smoothed"):
+            SmoothAdv()(other, x, labels(x), Lp("l2", 0.5))
     assert SmoothAdv(steps=2, samples=2)(InputNoise(net(), 0.1), x, labels(x), Lp("l2", 0.1)).x_adv.shape == x.shape
 
 

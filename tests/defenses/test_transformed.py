@@ -72,7 +72,7 @@ def test_what_is_not_shrunk_is_not_changed_and_the_rest_is_bilinear() -> None:
 
 def test_deflection_puts_neighbours_in_the_place_of_pixels() -> None:
     x = torch.arange(400.0).reshape(1, 1, 20, 20).expand(50, 1, 20, 20) / 400
-    found = PixelDeflection(nn.Identity(), deflections=5, window=2, sigma=0).deflected(x)
+    found = PixelDeflection(nn.Identity(), deflections=5, window=2, wavelet_sigma=0).deflected(x)
     changed = found != x
     assert (changed.flatten(1).sum(dim=1) <= 5).all()
     assert changed.flatten(1).sum(dim=1).double().mean() > 4
@@ -110,7 +110,7 @@ def test_denoising_removes_noise_and_nothing_where_there_is_none() -> None:
         (lambda: RandomResizePad(nn.Identity(), 0), "shrink"),
         (lambda: RandomResizePad(nn.Identity(), 8).transform(torch.rand(1, 1, 8, 8)), "leaves nothing"),
         (lambda: PixelDeflection(nn.Identity(), deflections=0), "deflections"),
-        (lambda: PixelDeflection(nn.Identity(), sigma=-1.0), "sigma"),
+        (lambda: PixelDeflection(nn.Identity(), wavelet_sigma=-1.0), "wavelet_sigma"),
     ],
 )
 def test_settings_out_of_range_are_refused(make, message) -> None:
