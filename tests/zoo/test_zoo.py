@@ -12,6 +12,8 @@ import torch
 import yaml
 from torch import nn
 
+from robustbench_lite.core.models import is_stochastic, predict
+from robustbench_lite.data import load_data
 from robustbench_lite.data.base import Dataset
 from robustbench_lite.defenses import Wrapper
 from robustbench_lite.models import MLP, create_model
@@ -170,6 +172,17 @@ def test_every_shipped_entry_loads(name: str) -> None:
     assert about["name"] == name
     assert name.startswith(f"{about['data']['name']}/")
     assert not load_defense(name).training
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", names("digits"))
+def test_every_digits_entry_is_as_accurate_as_its_card_says(name: str) -> None:
+    defense, data = load_defense(name), load_data("digits")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        right = float((predict(defense, data.images) == data.labels).double().mean())
+    noise = 0.03 if is_stochastic(defense) else 0.004  # another machine's rounding may turn a sample or two
+    assert right == pytest.approx(card(name)["figures"]["clean"]["accuracy"], abs=noise)
 
 
 def test_the_zoo_knows_no_other_names() -> None:
