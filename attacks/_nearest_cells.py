@@ -78,12 +78,11 @@ class Programme:
             wanted: bool (n, N), the samples that bring no half-space.
             count: half-spaces to add.
         """
-        least = int((~wanted).sum(dim=1).min())
-        rows = far.masked_fill(wanted, torch.inf).topk(min(count, least), dim=1, largest=False).indices
+        rows, there = _nearest_others(far, wanted, count)
         others = self.references[rows].double()
-        across = others - self.centre.unsqueeze(1)
+        across = (others - self.centre.unsqueeze(1)) * there.unsqueeze(2)
         lengths = across.norm(dim=2)
-        known = lengths > 0  # a twin of o with another label: no point is nearer to o
+        known = lengths > 0  # not so for a twin of o with another label: no point is nearer to o
         normals = across / torch.where(known, lengths, 1).unsqueeze(2)
         middles = (others + self.centre.unsqueeze(1)) / 2
         offsets = (normals * middles).sum(dim=2)
@@ -104,14 +103,13 @@ class Programme:
             wanted: bool (n, N), the samples that are no s.
             lead: by how much o is to be nearer, in units of distance.
         """
-        least = int((~wanted).sum(dim=1).min())
-        rows = far.masked_fill(wanted, torch.inf).topk(min(NEAR, least), dim=1, largest=False).indices
+        rows, there = _nearest_others(far, wanted, NEAR)
         others = self.references[rows].double()
         to_point = (others - self.point.unsqueeze(1)).square().sum(dim=2)
         to_centre = (others - self.centre.unsqueeze(1)).square().sum(dim=2)
         here = to_point - (self.point - self.centre).square().sum(dim=1, keepdim=True)
         share = (2 * lead * to_point.sqrt() - here) / (to_centre - here).clamp_min(TINY)
-        share = torch.where(to_centre > 0, share, 0).amax(dim=1, keepdim=True).clamp(0, 1)
+        share = torch.where(there & (to_centre > 0), share, 0).amax(dim=1, keepdim=True).clamp(0, 1)
         return self.point + share * (self.centre - self.point)
 
 
@@ -156,6 +154,15 @@ class Cells:
         )
 
 
+def _nearest_others(far: Tensor, wanted: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the numbers (n, c) of the nearest samples that are not wanted, and which of them there are, bool (n, c).
+
+    c does not depend on the batch: a sample of a rare class must not cut what the others get.
+    """
+    rows = far.masked_fill(wanted, torch.inf).topk(min(count, far.shape[1]), dim=1, largest=False).indices
+    return rows, ~wanted.gather(1, rows)
+
+
 def nearest_point(programme: Programme, steps: int) -> Programme:
     """Return the programmes after accelerated projected ascent of the dual.
 
@@ -164,7 +171,7 @@ def nearest_point(programme: Programme, steps: int) -> Programme:
     restarts where the momentum points downhill (O'Donoghue and Candes 2012, 1204.3982).
     """
     normals, offsets, (low, high) = programme.normals, programme.offsets, programme.bounds
-    steep = torch.bmm(normals, normals.transpose(1, 2)).abs().sum(dim=2).amax(dim=1, keepdim=True)
+    steep = torch.bmm(normals, normals.transpose(1, 2)).abs().sum(dim=2).amax(dim=1, keepdim=True).clamp_min(TINY)
     weights, ahead = programme.weights, programme.weights
     age = torch.ones_like(steep)
 

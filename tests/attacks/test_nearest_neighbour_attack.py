@@ -9,6 +9,7 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from robustbench_lite.attacks import NearestNeighbourAttack
+from robustbench_lite.attacks._nearest_cells import Cells, nearest_point
 from robustbench_lite.core.errors import NotApplicableError
 from robustbench_lite.core.goals import Targeted
 from robustbench_lite.core.threats import Lp
@@ -98,6 +99,41 @@ def test_a_batch_of_n_is_n_batches_of_one_in_blocks_or_not(monkeypatch: pytest.M
     again = attack(defense, x, y, UNLIMITED, memory_budget=5000)
     assert torch.allclose(again.x_adv, whole.x_adv, atol=1e-10)
     assert torch.equal(again.forwards, whole.forwards)
+
+
+def test_a_rare_class_does_not_cut_what_the_others_get() -> None:
+    defense, x = fitted(60, 8).double(), queries(6, 8).double()
+    rare = torch.cdist(x[:1].flatten(1), defense.points).argmin()
+    defense.reference_labels = (torch.arange(60) % 2).index_fill(0, rare, 2)
+    y, attack = defense.predict(x), NearestNeighbourAttack(rounds=1)
+    assert y.unique().tolist() == [0, 1, 2]
+    whole = attack(defense, x, y, UNLIMITED)
+    assert whole.success.all()
+    for row in range(6):
+        one = attack(defense, x[row : row + 1], y[row : row + 1], UNLIMITED)
+        assert torch.allclose(one.x_adv[0], whole.x_adv[row], atol=1e-10)
+
+
+def test_the_cells_of_a_class_with_one_sample_are_half_spaces() -> None:
+    generator = torch.Generator().manual_seed(0)
+    points, x = (torch.rand(n, 5, dtype=torch.float64, generator=generator) for n in (9, 1))
+    far, wanted = torch.cdist(x, points).square(), torch.arange(9).unsqueeze(0) > 0
+    cells = Cells.around(x, points, wanted, far, 9)
+    for number in range(8):
+        other = points[cells.centres[0, number]]
+        normal, middle = nn.functional.normalize(points[0] - other, dim=0), (points[0] + other) / 2
+        exact = x - ((x - middle) @ normal).clamp_min(0).unsqueeze(1) * normal
+        programme = nearest_point(cells.programme(number, (-9.0, 9.0)).with_nearest(far, wanted, 8), 50)
+        assert torch.allclose(programme.point, exact, atol=1e-9)
+        assert torch.allclose(programme.inside(torch.cdist(exact, points).square(), wanted, 0.0), exact, atol=1e-9)
+
+
+def test_a_cell_that_only_a_twin_bounds_has_no_half_space() -> None:
+    point = torch.rand(1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wanted, far = torch.tensor([[False, True, True]]), torch.tensor([[0.0, 0.0, 1.0]]).double()
+    cells = Cells.around(point, torch.cat([point, point, 1 - point]), wanted, far, 1)
+    programme = cells.programme(0, (0.0, 1.0)).with_nearest(far, wanted, 8)
+    assert torch.equal(nearest_point(programme, 5).point, point)
 
 
 @pytest.mark.parametrize("budget", [1, 2, 9, 10, 20])
