@@ -101,7 +101,7 @@ class SmoothAdv(Attack):
         steps: gradient steps in each run.
         samples: draws behind each gradient.
         step_size: length of a step in the units of the images; None: `2 * eps / steps`.
-        restarts: runs, each from another random start with other draws.
+        restarts: runs, each with other draws and, at `random_start`, from another start.
         random_start: start uniformly in the ball; False: at the clean image, as the original does.
         loss: "ce", "margin" or "dlr", of the log of the mean softmax.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,6 @@ from torch.nn import functional as F
 from robustbench_lite.certify.bounds import bounds as output_bounds
 from robustbench_lite.certify.cost_sensitive import CostSensitive, Matrix
 from robustbench_lite.certify.ibp import IBP
-from robustbench_lite.core.checks import parse_number
 from robustbench_lite.defenses.base import Batch, TrainingData
 from robustbench_lite.defenses.certified_training import CertifiedTraining, margins_specification
 
@@ -58,8 +58,8 @@ class CostSensitiveTraining(CertifiedTraining):
         object.__setattr__(self, "cost_matrix", costs)
         if not any(cost > 0 for row in costs for cost in row):
             raise ValueError("cost_matrix has no cost > 0, so there is nothing to protect; use StandardTraining")
-        if not parse_number(self.alpha) > 0:
-            raise ValueError(f"alpha, the weight of the robust term, must be > 0, got {self.alpha:g}")
+        if not isinstance(self.alpha, (int, float)) or not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha is the weight of the robust term, a number > 0 and finite, got {self.alpha!r}")
 
     def setup(self, model: nn.Module, data: TrainingData) -> None:
         """Check that the costs are about these classes; nothing is kept."""

@@ -121,7 +121,9 @@ def test_a_tensor_of_costs_is_kept_as_numbers() -> None:
         ("0 on its diagonal", lambda: CostSensitiveTraining(0.1, cost_matrix=[[1, 0], [0, 0]])),
         ("entries >= 0", lambda: CostSensitiveTraining(0.1, cost_matrix=[[0, -1], [0, 0]])),
         ("nothing to protect", lambda: CostSensitiveTraining(0.1, cost_matrix=[[0, 0], [0, 0]])),
-        ("must be > 0", lambda: CostSensitiveTraining(0.1, cost_matrix=COSTS, alpha=0)),
+        ("a number > 0", lambda: CostSensitiveTraining(0.1, cost_matrix=COSTS, alpha=0)),
+        ("a number > 0", lambda: CostSensitiveTraining(0.1, cost_matrix=COSTS, alpha="0.5")),
+        ("a number > 0", lambda: CostSensitiveTraining(0.1, cost_matrix=COSTS, alpha=float("inf"))),
         ("eps must be > 0", lambda: CostSensitiveTraining(0, cost_matrix=COSTS)),
     ],
 )
