@@ -6,8 +6,9 @@ import hashlib
 import inspect
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,7 +70,8 @@ class Settings:
 def identity_of(settings: Settings, model: nn.Module, data: Dataset, objective: Objective) -> dict[str, str]:
     """Return what names a run: two runs with equal names on one machine end in equal weights.
 
-    A model is named by its repr, classes and settings of its layers, and its initial weights.
+    A model is named by its repr, classes and settings of its layers, and its initial weights; so are the modules and
+    tensors that are settings of the objective, or of the attack in it.
 
     Raises:
         ValueError: a schedule, augmentation or objective that has no name to know it by in another process.
@@ -77,7 +79,7 @@ def identity_of(settings: Settings, model: nn.Module, data: Dataset, objective: 
     named = {field.name: _text(field.name, getattr(settings, field.name)) for field in fields(settings)}
     named["device"] = settings.device.type
     return named | {
-        "objective": _text("objective", objective),
+        "objective": "\n".join([_text("objective", objective), *map(_digest, _states(objective))]),
         "model": ADDRESS.sub("", f"{type(model).__qualname__}\n{model!r}"),
         "initial weights": _digest(model.state_dict()),
         "data": f"{data.name} {data.split} {data.content_hash}",
@@ -95,6 +97,23 @@ def _text(what: str, value: Any) -> str:
             "the top of a module, or a frozen dataclass such as those of training.schedules; or leave checkpoint out"
         )
     return text
+
+
+def _states(value: Any) -> Iterator[dict[str, Tensor]]:
+    """Yield what the repr of an objective, or of what it is made of, does not show: weights and tensors."""
+    if isinstance(value, Tensor):
+        yield {"": value}
+    elif isinstance(value, nn.Module):
+        yield value.state_dict()
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from _states([getattr(value, field.name) for field in fields(value)])
+    elif isinstance(value, partial):
+        yield from _states([value.args, value.keywords])
+    elif isinstance(value, Mapping):
+        yield from _states(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _states(part)
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from robustbench_lite.attacks import FGSM, Transfer
 from robustbench_lite.core.rng import Streams
+from robustbench_lite.core.threats import Lp
 from robustbench_lite.data.base import Dataset
+from robustbench_lite.defenses import AdversarialTraining, Deploy, EnsembleAdversarialTraining, InputNoise
 from robustbench_lite.defenses.base import Batch, Objective, State, Step, TrainingData
 from robustbench_lite.defenses.standard import StandardTraining
 from robustbench_lite.training import CropFlip, train
@@ -237,6 +242,35 @@ def test_another_objective_or_other_data_are_refused(tmp_path: Path) -> None:
         run(Noisy(), path)
     with pytest.raises(ValueError, match="data was noise train"):
         train(net(), data().take(torch.arange(45)), StandardTraining(), epochs=3, checkpoint=path)
+
+
+@dataclass(frozen=True, eq=False)
+class Given(StandardTraining):
+    shift: Any
+
+
+THREAT = Lp("linf", 0.1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda seed: EnsembleAdversarialTraining(FGSM(), THREAT, surrogates=(net(seed),)),
+        lambda seed: Deploy(AdversarialTraining(Transfer(FGSM(), net(seed)), THREAT), partial(InputNoise, sigma=0.1)),
+        lambda seed: Given(torch.zeros(3000).index_fill(0, torch.tensor([1500]), seed)),
+        lambda seed: Given({"inner": partial(InputNoise, net(seed))}),
+    ],
+    ids=["modules", "in the attack", "tensor", "in a partial"],
+)
+def test_an_objective_with_other_weights_of_the_same_look_is_refused(
+    make: Callable[[int], Objective], tmp_path: Path
+) -> None:
+    path = tmp_path / "run.pt"
+    assert repr(make(0)) == repr(make(1))
+    first = run(make(0), path, epochs=1)
+    assert equal(run(make(0), path, epochs=1), first)
+    with pytest.raises(ValueError, match="objective was"):
+        run(make(1), path, epochs=1)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 broken zip"])
