@@ -11,7 +11,7 @@ from robustbench_lite.core.errors import suggest
 
 __all__ = ["COMMANDS", "HELP", "main"]
 
-COMMANDS = ("evaluate", "leaderboard", "train", "list", "verify")
+COMMANDS = ("evaluate", "leaderboard", "train", "list", "verify", "selftest")
 
 HELP = """\
 rbl: attack and proof in one honest, per-sample, audited table
@@ -22,6 +22,7 @@ rbl: attack and proof in one honest, per-sample, audited table
   rbl train defense=ibp_training         train a net by an objective
   rbl list [attacks]                     what there is: attacks, certifiers, defenses, threats, data, models, suites
   rbl verify [store=results]             re-check every stored adversarial example
+  rbl selftest                           planted masks: each must be flagged, and fall
 
 Settings are Hydra overrides: threat.eps=8/255, suite.attacks.pgd.steps=100, +attack@suite.attacks.mine=bim.
 'rbl COMMAND --help' shows a command's settings, '--cfg job' the composed ones, '--multirun' sweeps over

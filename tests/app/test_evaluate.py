@@ -19,6 +19,7 @@ import pytest
 from robustbench_lite import Lp, evaluate, load_data
 from robustbench_lite.app import sweeps
 from robustbench_lite.attacks import FGSM
+from robustbench_lite.evaluation import selftest
 from robustbench_lite.models import load_weights
 
 NET = ("model._target_=users_net.Net", "model.weights=net.safetensors", "limit=20")
@@ -207,6 +208,19 @@ def test_what_hydra_shows(rbl, folder: Path, zoo: Path, command: str) -> None:
         assert ("store: x" in out) == ("store=x" in arguments)
     assert not (folder / "results").exists()
     assert not (folder / "x").exists()
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_the_selftest_says_what_failed(rbl, monkeypatch: pytest.MonkeyPatch, good: bool) -> None:
+    def judged(net: object, data: object, threat: object, mask: str, seed: int) -> selftest.Outcome:
+        return selftest.Outcome(mask, 0.9, 0.8, ("randomised",), 0.0 if good or mask != "detached" else 0.5)
+
+    monkeypatch.setattr(selftest, "selftest", judged)
+    status, out, _ = rbl("selftest", "samples=5", "eps=0.25")
+    assert status == int(not good)
+    assert "linf eps 0.25, 5 samples" in out
+    assert ("FAILED" in out) == (not good)
+    assert out.count("randomised") == 6
 
 
 def test_a_sweep_of_trainings_leaves_weights_alone(rbl, folder: Path) -> None:
