@@ -198,8 +198,17 @@ def _precision(model: Any, precision: str) -> str:
 
 
 def _moved(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """Return the model, or a copy on the device whose tensors of the parameters' dtypes have another.
+
+    A buffer of a dtype that no parameter has keeps it: a float32 net may have linear algebra in float64 behind it.
+    """
     if not isinstance(model, nn.Module):
         return model
     tensors = [*model.parameters(), *model.buffers()]
-    fits = all(t.device == device and (not t.is_floating_point() or t.dtype == dtype) for t in tensors)
-    return model if fits else copy.deepcopy(model).to(device, dtype)
+    foreign = {t.dtype for t in [*model.parameters()] or tensors if t.is_floating_point()} - {dtype}
+    if all(t.device == device and t.dtype not in foreign for t in tensors):
+        return model
+    moved = copy.deepcopy(model).to(device)
+    for tensor in (t for t in [*moved.parameters(), *moved.buffers()] if t.dtype in foreign):
+        tensor.data = tensor.data.to(dtype)
+    return moved
