@@ -90,7 +90,8 @@ def evaluate(
         adaptive: whether the defense's own `adaptive_attacks` and `certifiers` join the given ones; without them the
             table shows what an attacker finds who does not know the defense.
         name: what tables call the model; default: its class.
-        batch_size: samples in one call of a method; it changes answers by rounding at most.
+        batch_size: samples in one call of a method; it changes answers by rounding at most, but a stochastic model has
+            other draws in each batch, so that its answers depend on how the work is cut.
         device: "auto": where the model is, or a GPU if there is one (the model is copied, not moved).
         max_queries: forward passes that an attack may spend on each sample; None for no limit.
         precision: "auto": the model's; "float32" or "float64" convert a copy of the model.

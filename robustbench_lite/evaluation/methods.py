@@ -38,7 +38,7 @@ def clean_method(subject: Subject) -> Method:
 
     def run(cell: Cell, part: Samples) -> Outcome:
         x, y, start = subject.images(part.x), part.y.to(subject.device), time.perf_counter()
-        with subject.seeded(cell.seed):
+        with subject.seeded(cell.seed, part):
             prediction, lead = subject.answer(x, y)
         measured = {
             "prediction": _array(prediction),
@@ -62,7 +62,7 @@ def attack_method(subject: Subject, attack: Attack, threat: Threat, max_queries:
 
     def run(cell: Cell, part: Samples) -> Outcome:
         x, y, start = subject.images(part.x), part.y.to(subject.device), time.perf_counter()
-        with subject.seeded(cell.seed):
+        with subject.seeded(cell.seed, part):
             result = attack(
                 subject.model,
                 x,
@@ -110,7 +110,7 @@ def certifier_method(subject: Subject, certifier: Certifier, threat: Threat) -> 
                 "certifier directly, and sum up with certify.cost_report"
             )
         x, y, start = subject.images(part.x), part.y.to(subject.device), time.perf_counter()
-        with subject.seeded(cell.seed):
+        with subject.seeded(cell.seed, part):
             found = certifier(
                 subject.model,
                 x,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from robustbench_lite.core.losses import margin
 from robustbench_lite.core.models import INVALID, Model, frozen, is_stochastic, labels_of, predict, rejects
 from robustbench_lite.evaluation.fingerprint import fingerprint
 from robustbench_lite.evaluation.records import TIE
+from robustbench_lite.evaluation.samples import Samples
 
 __all__ = ["EOT_SAMPLES", "Subject"]
 
@@ -138,13 +140,16 @@ class Subject:
             return None
 
     @contextmanager
-    def seeded(self, seed: int) -> Iterator[None]:
-        """Seed the global generators, for models that draw from them, and restore them; TF32 is off inside."""
+    def seeded(self, seed: int, part: Samples | None = None) -> Iterator[None]:
+        """Seed the global generators, for models that draw from them, and restore them; TF32 is off inside.
+
+        A stochastic model meets other draws with each `part`: else all batches would see one net of `WeightNoise`.
+        """
         devices = [self.device] if self.device.type == "cuda" else []
         backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul) if devices else ()
         allowed = [backend.allow_tf32 for backend in backends]
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
+            torch.manual_seed(_mixed(seed, part) if self.stochastic and part is not None else seed)
             try:
                 for backend in backends:
                     backend.allow_tf32 = False
@@ -152,6 +157,12 @@ class Subject:
             finally:
                 for backend, before in zip(backends, allowed, strict=True):
                     backend.allow_tf32 = before
+
+
+def _mixed(seed: int, part: Samples) -> int:
+    """Return a seed of 63 bits for the batch that begins with this sample."""
+    digest = hashlib.blake2b(f"{seed} {part.indices[0]}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def _lead(logits: Tensor, y: Tensor) -> Tensor:
