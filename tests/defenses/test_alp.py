@@ -15,6 +15,7 @@ from tests.defenses.training_cases import (
     EPS,
     LAST,
     batch,
+    expect_one_pass,
     expect_resumable,
     linear,
     robust_accuracy,
@@ -44,6 +45,18 @@ def test_the_warm_up_has_neither_examples_nor_pairs() -> None:
     model, b = linear(), batch()
     loss = ALP(PGD(), THREAT, warmup=0.2).loss(model, b, Step(10, 100, 0), None, streams(b))
     torch.testing.assert_close(loss, F.cross_entropy(model(b.x), b.y))
+
+
+def test_the_ramp_raises_eps() -> None:
+    model, b = linear(), batch()
+    half = ALP(PGD(steps=3), THREAT, ramp=0.5).loss(model, b, Step(25, 100, 0), None, streams(b))
+    smaller = ALP(PGD(steps=3), Lp("linf", 0.1)).loss(model, b, LAST, None, streams(b))
+    torch.testing.assert_close(half, smaller)
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.5])
+def test_both_images_pass_through_the_net_together(mix: float) -> None:
+    expect_one_pass(ALP(PGD(steps=2), Lp("linf", 0.1), mix=mix))
 
 
 def test_it_raises_accuracy_under_attack() -> None:

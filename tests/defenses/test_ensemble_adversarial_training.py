@@ -3,16 +3,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from robustbench_lite.attacks.fgsm import FGSM
 from robustbench_lite.attacks.pgd import PGD
 from robustbench_lite.core.threats import Lp
+from robustbench_lite.data.base import Dataset
 from robustbench_lite.defenses.base import Step
 from robustbench_lite.defenses.ensemble_adversarial_training import EnsembleAdversarialTraining
 from robustbench_lite.models import MLP
@@ -71,6 +72,29 @@ def test_classes_are_built_for_the_data_and_trained_from_seeds_of_their_own() ->
         assert not net.training
         assert (net(data.images).argmax(1) == data.labels).float().mean() > 0.8
     assert not torch.equal(next(first[0].parameters()), next(first[1].parameters()))
+
+
+class Watched(MLP):
+    """Keeps what it was trained on."""
+
+    seen: ClassVar[list[Tensor]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen.append(x)
+        return super().forward(x)
+
+
+def test_a_class_learns_from_all_images_in_each_epoch_in_a_new_order() -> None:
+    count, Watched.seen[:] = 400, []
+    x = (torch.arange(count) / count).view(-1, 1, 1, 1).expand(-1, 1, 3, 3)
+    data = Dataset("ramp", "train", x, torch.arange(count) % 3, torch.arange(count), 3)
+    small(surrogates=(Watched,), pretraining=2).setup(linear(), data)
+    first, second = torch.cat(Watched.seen)[:, 0, 0, 0].view(2, count)
+    for order in (first, second):
+        assert torch.equal(order.sort().values, x[:, 0, 0, 0])
+        assert not torch.equal(order, x[:, 0, 0, 0])
+    assert not torch.equal(first, second)
 
 
 def test_nets_are_taken_as_they_are_and_left_alone() -> None:

@@ -111,6 +111,14 @@ def test_a_checkpoint_holds_the_best_weights_and_when_they_were() -> None:
     assert not any(parameter.requires_grad for parameter in resumed.parameters())
 
 
+def test_of_weights_that_hold_as_well_the_later_ones_are_kept() -> None:
+    state = fast().setup(net(), digits("train", 400))
+    for seed, accuracy in enumerate([0.5, 0.7, 0.7, 0.6]):
+        state.keep(net(seed), accuracy, seed)
+    assert (float(state.accuracy), int(state.epoch)) == (0.7, 2)
+    assert torch.equal(state.best[1].weight, net(2)[1].weight)
+
+
 def test_the_best_weights_come_back_after_a_collapse(caplog: pytest.LogCaptureFixture) -> None:
     good, bad, objective, data = (
         trained(AdversarialTraining(PGD(steps=4), THREAT)),

@@ -21,6 +21,7 @@ from tests.defenses.training_cases import (
     EPS,
     LAST,
     batch,
+    expect_one_pass,
     expect_resumable,
     linear,
     robust_accuracy,
@@ -73,6 +74,22 @@ def test_the_loss_on_a_linear_net() -> None:
         total -= float(torch.tensor(moved[row, y] * (1 - rival)).log())
         total += 2.5 * float(entropy(clean[row], moved[row])) * (1 - clean[row, y])
     assert float(loss.detach()) == pytest.approx(total / 8, rel=1e-5)
+
+
+def test_gradients_reach_the_weights_through_the_doubt_as_well() -> None:
+    model, b = linear(), batch()
+    loss = MART(Shift(), Lp("linf", 0.2), weight=2.5).loss(model, b, LAST, None, streams(b))
+    clean, moved = model(b.x), model(b.x + 0.2)
+    divergence = F.kl_div(moved.log_softmax(1), clean.softmax(1), reduction="none").sum(dim=1)
+    doubt = 1 - clean.softmax(1)[range(8), b.y]
+    expected = (boosted_cross_entropy(moved, b.y) + 2.5 * divergence * doubt).mean()
+    weights = tuple(model.parameters())
+    for ours, theirs in zip(torch.autograd.grad(loss, weights), torch.autograd.grad(expected, weights), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_both_images_pass_through_the_net_together() -> None:
+    expect_one_pass(MART(PGD(steps=2), Lp("linf", 0.1)))
 
 
 def test_without_weight_it_is_the_boosted_loss_alone_and_gradients_reach_all() -> None:

@@ -41,9 +41,10 @@ def test_input_noise_is_normal_and_new_for_each_image() -> None:
 
 
 def test_weight_noise_is_relative_to_each_layers_spread_new_at_each_call_and_leaves_the_net_alone() -> None:
-    net, x, seen = linear(), images(2), []
+    net, x, seen, biases = linear(), images(2), [], []
     before = {name: value.clone() for name, value in net.state_dict().items()}
     net[1].register_forward_hook(lambda part, *_: seen.append(part.weight.detach().clone()))
+    net[1].register_forward_hook(lambda part, *_: biases.append(part.bias.detach().clone()))
     defense = WeightNoise(net, 0.2).eval()
     torch.manual_seed(0)
     one, two = defense.draw(x), defense.draw(x)
@@ -52,6 +53,7 @@ def test_weight_noise_is_relative_to_each_layers_spread_new_at_each_call_and_lea
     noise = (seen[0] - before["1.weight"]) / before["1.weight"].std() / 0.2
     assert kstest(noise.flatten().double().numpy(), norm.cdf).pvalue > 1e-3
     assert not torch.equal(seen[0], seen[1])
+    assert all(torch.equal(bias, before["1.bias"]) for bias in biases)
 
 
 def test_the_images_of_a_call_meet_one_draw_of_the_weights() -> None:

@@ -201,9 +201,15 @@ def test_the_projection_makes_a_kernel_a_parseval_frame_and_leaves_one_alone() -
     before = net[0].weight.clone()
     objective.after_step(net, None)
     assert torch.allclose(net[0].weight, before, atol=1e-5)
-    still = PixelDPTraining(SCALE, "0", parseval=0.0)
-    still.after_step(net, None)
-    assert torch.equal(PixelDPTraining(SCALE).setup(net, dataset()) or before, before)
+
+
+@pytest.mark.parametrize(("layer", "parseval"), [("0", 0.0), (None, 0.1)])
+def test_without_a_step_or_a_layer_nothing_is_projected(layer: str | None, parseval: float) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 5, 3), nn.Flatten(), nn.Linear(80, 3))
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    PixelDPTraining(SCALE, layer, parseval=parseval).after_step(net, None)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def dataset() -> Dataset:

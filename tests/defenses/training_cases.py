@@ -20,8 +20,8 @@ from robustbench_lite.defenses.standard import StandardTraining
 from robustbench_lite.training import train
 
 __all__ = [
-    "EPS", "LAST", "batch", "digits", "expect_resumable", "linear", "robust_accuracy", "standard", "streams", "trained",
-    "weak_and_strong",
+    "EPS", "LAST", "batch", "digits", "expect_one_pass", "expect_resumable", "linear", "normalised", "robust_accuracy",
+    "standard", "streams", "trained", "weak_and_strong",
 ]  # fmt: skip
 
 EPS = 0.12
@@ -33,6 +33,24 @@ def linear(seed: int = 0, classes: int = 3) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Sequential(nn.Flatten(), nn.Linear(9, classes))
+
+
+def normalised() -> nn.Module:
+    """A convolutional classifier of images (1, 3, 3) with BatchNorm, in train mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(1, 6, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3))
+
+
+def expect_one_pass(objective: Objective) -> None:
+    """Examples are made in eval mode; clean and adversarial images are learnt from together, in train mode."""
+    model, b = normalised(), batch()
+    seen: list[tuple[bool, int]] = []
+    model[1].register_forward_hook(lambda part, inputs, _: seen.append((part.training, len(inputs[0]))))
+    objective.loss(model, b, LAST, None, streams(b)).backward()
+    assert [size for training, size in seen if training] == [16]
+    assert model[1].num_batches_tracked == 1
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
 def batch(n: int = 8, classes: int = 3) -> Batch:
