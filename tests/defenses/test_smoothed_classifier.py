@@ -105,14 +105,14 @@ def test_a_second_look_helps_what_the_first_left_open() -> None:
     assert two > 0.7
 
 
-@pytest.mark.parametrize(("later", "answer"), [(57, ABSTAIN), (58, 1)])
+@pytest.mark.parametrize(("later", "answer"), [(109, ABSTAIN), (110, 1)])
 def test_the_last_look_counts_the_votes_of_both(later: int, answer: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """68 of 100 are clear at alpha / 2 = 0.0005 and 67 are not; neither are 10 of 10, nor 58 of 90 alone."""
-    assert [binomtest(k, n, 0.5).pvalue <= 0.0005 for k, n in ((68, 100), (67, 100), (10, 10), (58, 90))] == [
+    """125 of 200 are clear at alpha / 2 = 0.0005 and 124 are not; neither are 15 of 20, nor 110 of 180 alone."""
+    assert [binomtest(k, n, 0.5).pvalue <= 0.0005 for k, n in ((125, 200), (124, 200), (15, 20), (110, 180))] == [
         True, False, False, False
     ]  # fmt: skip
-    script = {10: torch.tensor([[0, 10, 0]]), 90: torch.tensor([[90 - later, later, 0]])}
-    defense = smoothed(draws=100)
+    script = {20: torch.tensor([[5, 15, 0]]), 180: torch.tensor([[180 - later, later, 0]])}
+    defense = smoothed(draws=200)
     monkeypatch.setattr(defense, "votes", lambda x, draws: script[draws])
     assert predict(defense, at_distance([0.0])).tolist() == [answer]
 

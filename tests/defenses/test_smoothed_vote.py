@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import brentq
 from scipy.stats import binom, binomtest, norm
 
-from robustbench_lite.certify import GaussianNoise, RandomizedSmoothing
+from robustbench_lite.certify import EarlyStopping, GaussianNoise, RandomizedSmoothing
 from robustbench_lite.certify.votes import Votes
 from robustbench_lite.core.threats import Lp
 from robustbench_lite.defenses import ClearWinner, SmoothedVote
@@ -16,15 +17,34 @@ from robustbench_lite.defenses import ClearWinner, SmoothedVote
 SHAPE = torch.Size((1, 2, 2))
 
 
-@pytest.mark.parametrize(("draws", "alpha"), [(60, 0.1), (40, 0.01)])
-def test_a_winner_is_clear_where_a_two_sided_test_at_half_the_level_says_so(draws: int, alpha: float) -> None:
-    fewest = ClearWinner(draws, alpha).fewest.tolist()
+@pytest.mark.parametrize(("draws", "alpha", "looks"), [(60, 0.1, 2), (40, 0.01, 1)])
+def test_a_winner_is_clear_where_a_two_sided_test_at_a_looks_level_says_so(
+    draws: int, alpha: float, looks: int
+) -> None:
+    rule = ClearWinner(draws, alpha)
+    fewest = rule.fewest.tolist()
+    assert len(rule.looks) == looks
     for both in range(1, draws + 1):
         for first in range((both + 1) // 2, both + 1):
-            assert (first >= fewest[both]) == (binomtest(first, both, 0.5).pvalue <= alpha / 2), (first, both)
+            assert (first >= fewest[both]) == (binomtest(first, both, 0.5).pvalue <= alpha / looks), (first, both)
 
 
-@pytest.mark.parametrize(("draws", "alpha"), [(100, 0.001), (1000, 0.001), (500, 0.1)])
+def test_there_is_a_first_look_only_where_it_can_be_clear() -> None:
+    for draws in (11, 14, 50, 100, 119, 120, 200, 1000):
+        rule = ClearWinner(draws, 0.001)
+        expected = [draws // 10] if 2 * 0.5 ** (draws // 10) <= 0.0005 else []
+        assert rule.looks == (*expected, draws)
+        assert all(rule.fewest[look] <= look for look in rule.looks)
+    assert ClearWinner(100, 0.001).needed == pytest.approx(binom_needed(100, 0.001))
+
+
+def binom_needed(draws: int, alpha: float) -> float:
+    """With one look: where a binomial test at the whole level is passed with probability 1 - alpha, by search."""
+    enough = next(k for k in range(draws // 2, draws + 1) if binomtest(k, draws, 0.5).pvalue <= alpha)
+    return float(brentq(lambda p: binom.sf(enough - 1, draws, p) - (1 - alpha), 0.5, 1 - 1e-9, xtol=1e-12))
+
+
+@pytest.mark.parametrize(("draws", "alpha"), [(120, 0.001), (1000, 0.001), (500, 0.1)])
 def test_from_the_needed_probability_on_one_call_answers_the_class(draws: int, alpha: float) -> None:
     rule = ClearWinner(draws, alpha)
     assert binom.sf(rule.fewest[-1] - 1, draws, rule.needed) == pytest.approx(1 - alpha / 2)
@@ -82,7 +102,13 @@ def test_more_draws_lose_less() -> None:
     ("message", "make"),
     [
         ("raise draws", lambda: ClearWinner(8, 0.001)),
+        ("draws must be a whole number", lambda: ClearWinner(100.0, 0.001)),
+        ("alpha must lie in", lambda: ClearWinner(1000, 0.0)),
+        ("alpha must lie in", lambda: ClearWinner(1000, 1.0)),
+        ("alpha must lie in", lambda: ClearWinner(1000, float("nan"))),
+        ("alpha must lie in", lambda: ClearWinner(1000, "0.1")),
         ("raise draws", lambda: SmoothedVote(0.5, 8)),
+        ("takes all n draws", lambda: SmoothedVote(0.5, 1000, stopping=EarlyStopping())),
         ("sigma", lambda: SmoothedVote(-0.5, 1000)),
         ("alpha", lambda: SmoothedVote(0.5, 1000, alpha=2.0)),
     ],
