@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["named_layer", "noise_after"]
+from robustbench_lite.certify._sensitivity import layer_of, output_changed
+
+__all__ = ["noise_after"]
 
 
-def named_layer(net: nn.Module, name: str | int) -> nn.Module:
-    """Return the module of this name, or of this number in a `Sequential`.
-
-    Raises:
-        ValueError: no module has it.
-    """
-    named: dict[str, nn.Module] = dict(net.named_modules())
-    if str(name) not in named or name == "":
-        raise ValueError(f"no layer {name!r}; the net has {', '.join(layer for layer in named if layer)}")
-    return named[str(name)]
-
-
-@contextmanager
-def noise_after(net: nn.Module, layer: str | int | None, noise: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def noise_after(
+    net: nn.Module, layer: str | int | None, noise: Callable[[Tensor], Tensor]
+) -> AbstractContextManager[Any]:
     """Add `noise(t)` to the output t of a layer, or to the net's input where `layer` is None, inside this context.
 
     Raises:
         ValueError: no module has this name.
     """
     if layer is None:
-        handle = net.register_forward_pre_hook(lambda _, inputs: (inputs[0] + noise(inputs[0]), *inputs[1:]))
-    else:
-        handle = named_layer(net, layer).register_forward_hook(lambda _, __, output: output + noise(output))
-    try:
-        yield
-    finally:
-        handle.remove()
+        return net.register_forward_pre_hook(lambda _, inputs: (inputs[0] + noise(inputs[0]), *inputs[1:]))
+    return output_changed(layer_of(net, str(layer)), lambda output: output + noise(output))

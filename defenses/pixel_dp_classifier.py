@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_lite.attacks.pgd import PGD
+from robustbench_lite.certify._sensitivity import layer_of
 from robustbench_lite.certify.inside import Inside
 from robustbench_lite.core.errors import lookup
-from robustbench_lite.defenses.noise_after import named_layer, noise_after
+from robustbench_lite.defenses.noise_after import noise_after
 from robustbench_lite.defenses.pixel_dp_training import PIXEL_DP_NOISE
 from robustbench_lite.defenses.pixel_dp_vote import PixelDPVote
 from robustbench_lite.defenses.voting import Voting
@@ -65,7 +66,7 @@ class PixelDPClassifier(Voting):
         self.layer = None if layer is None else str(layer)
         self.certifier  # noqa: B018  (it checks its settings)
         if layer is not None:
-            named_layer(net, layer)
+            layer_of(net, str(layer))
 
     @property
     def certifier(self) -> PixelDPVote:

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from robustbench_lite.certify._sensitivity import layer_of
 from robustbench_lite.certify.noise import GaussianNoise, LaplaceNoise
 from robustbench_lite.certify.pixel_dp import PixelDP
 from robustbench_lite.core.errors import lookup
 from robustbench_lite.core.models import frozen
 from robustbench_lite.defenses.base import Batch, Objective, State, Step, TrainingData
-from robustbench_lite.defenses.noise_after import named_layer, noise_after
+from robustbench_lite.defenses.noise_after import noise_after
 
 if TYPE_CHECKING:
     from robustbench_lite.core.rng import Streams
@@ -92,7 +93,7 @@ class PixelDPTraining(Objective):
         """Move the kernel of the noisy layer a step towards a Parseval frame."""
         if self.layer is None or self.parseval == 0:
             return
-        weight = getattr(named_layer(model, self.layer), "weight", None)
+        weight = getattr(layer_of(model, str(self.layer)), "weight", None)
         if isinstance(weight, Tensor) and weight.ndim > 1:
             kernel = weight.flatten(1)
             pulled = (1 + self.parseval) * kernel - self.parseval * (kernel @ kernel.T @ kernel)

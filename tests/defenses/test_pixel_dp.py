@@ -235,7 +235,7 @@ def test_training_keeps_the_layer_near_norm_one_where_noise_would_have_it_grow()
         ("sigma", lambda: PixelDPTraining(0)),
         ("noise", lambda: PixelDPTraining(0.5, noise="uniform")),
         ("parseval", lambda: PixelDPTraining(0.5, parseval=-1)),
-        ("no layer 'third'; the net has first", lambda: classifier("third")),
+        ("no layer 'third'; the model has first", lambda: classifier("third")),
         ("no layer 'third'; the model has", lambda: PixelDPTraining(0.5, "third").setup(HalfSpace(), dataset())),
         ("scale", lambda: PixelDPClassifier(HalfSpace(), -1, noise="laplace")),
         ("alpha", lambda: classifier(None, alpha=2)),
