@@ -198,9 +198,10 @@ class _Constants:
 def _check_targets(goal: Goal, labels: Tensor) -> None:
     if not isinstance(goal, Targeted):
         return
-    missing = goal.labels[torch.isin(goal.labels, labels, invert=True)].unique().tolist()
+    known = set(labels.tolist())
+    missing = sorted(set(goal.labels.tolist()) - known)
     if missing:
         raise ValueError(
             f"the defense has no training sample of class {', '.join(map(str, missing))}, so it never answers that: "
-            f"choose targets among the classes {labels.unique().tolist()}"
+            f"choose targets among the classes {sorted(known)}"
         )
