@@ -7,13 +7,13 @@ constraints that is violated, so nobody has to weigh a margin against a suspicio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from robustbench_lite.core.goals import Goal, Untargeted
+from robustbench_lite.core.models import forward_passes
 from robustbench_lite.core.oracle import Oracle
 from robustbench_lite.core.threats import Lp
 
@@ -46,16 +46,19 @@ class Question:
     """One question to the oracle about probes, and the constraints that its answer tells.
 
     Attributes:
-        through: what is asked, made of parts of the deployed model; None: the view.
-        cost: forward passes of it.
+        through: what is asked, made of parts of the deployed model.
         constraints: from answers (n, anything) and an aim to values (n, C), satisfied where <= 0.
         count: C.
     """
 
-    through: nn.Module | None
-    cost: int
+    through: nn.Module
     constraints: Callable[[Tensor, Aim], Tensor]
     count: int
+
+    @property
+    def cost(self) -> int:
+        """Forward passes of the question."""
+        return forward_passes(self.through)
 
     def ask(
         self, oracle: Oracle, points: Tensor, rows: Tensor, aim: Aim, combine: Callable[[Tensor, Aim], Tensor]
@@ -89,15 +92,15 @@ def descend(
     rows: Tensor,
     points: Tensor,
     aim: Aim,
-    questions: Sequence[Question],
+    question: Question,
     *,
     steps: int,
     step_size: float,
 ) -> tuple[Tensor, Tensor]:
     """Walk from `points` (n, C, H, W) for `rows` of the batch; judge points where all constraints hold.
 
-    A later question is asked only where all constraints of the earlier ones hold. Steps go along the threat's steepest
-    direction, the first `step_size` times eps long; they shrink to a hundredth along a cosine.
+    Steps go along the threat's steepest direction, the first `step_size` times eps long; they shrink to a hundredth
+    along a cosine.
 
     Args:
         oracle: keeps what is found.
@@ -105,14 +108,14 @@ def descend(
         rows: int64 (n,).
         points: where to start.
         aim: that of `rows`.
-        questions: at least one.
+        question: tells the constraints.
         steps: gradient steps.
         step_size: share of eps, in (0, 1].
 
     Returns:
         Rows that still search, and their last points; neither was judged for that.
     """
-    need = sum(question.cost for question in questions) + oracle.judge_cost
+    need = question.cost + oracle.judge_cost
     ball, project = threat.take(rows), threat.take(rows).projector(oracle.x[rows])
     for step in range(steps):
         keep = oracle.still(rows, need)
@@ -121,21 +124,10 @@ def descend(
             ball, project = ball.take(keep), project.take(keep)
         if len(rows) == 0:
             break
-        slope, held = _slope(oracle, rows, points, aim, questions)
+        values, slope = question.ask(oracle, points, rows, aim, first_violated)
+        held = (values <= 0).all(dim=1).nonzero().flatten()
         if len(held):
             oracle.judge(points[held], rows[held])
         share = step_size * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
         points = project(points + share * ball.radius(points) * ball.steepest(-slope, None, at=points))
     return rows, points
-
-
-def _slope(
-    oracle: Oracle, rows: Tensor, points: Tensor, aim: Aim, questions: Sequence[Question]
-) -> tuple[Tensor, Tensor]:
-    """Return the gradient (n, ...) of each sample's first violated constraint, and the positions where all hold."""
-    slope, held = torch.zeros_like(points), torch.arange(len(rows), device=rows.device)
-    for question in questions:
-        if len(held):
-            values, slope[held] = question.ask(oracle, points[held], rows[held], aim.take(held), first_violated)
-            held = held[(values <= 0).all(dim=1)]
-    return slope, held

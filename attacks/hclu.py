@@ -28,7 +28,6 @@ from robustbench_lite.attacks._violations import Aim, Question, descend
 from robustbench_lite.attacks.base import Attack
 from robustbench_lite.core.goals import Goal, Targeted
 from robustbench_lite.core.insides import Uncertain
-from robustbench_lite.core.models import forward_passes
 from robustbench_lite.core.oracle import Oracle
 from robustbench_lite.core.rng import Streams
 from robustbench_lite.core.threats import Lp, Threat
@@ -98,7 +97,7 @@ class HighConfidenceLowUncertainty(Attack):
     def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
         """Head for each wrong class in turn."""
         prediction = _Prediction(oracle.inside(Uncertain))  # type: ignore[type-abstract]
-        question = Question(prediction, forward_passes(prediction), self._constraints, 2)
+        question = Question(prediction, self._constraints, 2)
         headings, bound = self._look(oracle, x, goal, replace(question, constraints=_variance, count=1))
         for number, heading in enumerate(headings * self.restarts):
             rows = oracle.standing(question.cost + oracle.judge_cost)
@@ -112,7 +111,7 @@ class HighConfidenceLowUncertainty(Attack):
                 self._nearest(oracle, rows, start, aim, question)
             else:
                 size = 0.3 if self.step_size is None else self.step_size
-                descend(oracle, ball, rows, start, aim, [question], steps=self.steps, step_size=size)
+                descend(oracle, ball, rows, start, aim, question, steps=self.steps, step_size=size)
         return oracle.best
 
     def _look(self, oracle: Oracle, x: Tensor, goal: Goal, question: Question) -> tuple[list[Tensor], Tensor]:

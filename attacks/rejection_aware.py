@@ -26,7 +26,6 @@ from robustbench_lite.attacks.base import Attack
 from robustbench_lite.core.goals import Goal, Targeted
 from robustbench_lite.core.insides import Rejecting
 from robustbench_lite.core.losses import margin
-from robustbench_lite.core.models import forward_passes
 from robustbench_lite.core.oracle import Oracle
 from robustbench_lite.core.rng import Streams
 from robustbench_lite.core.threats import Lp, Threat
@@ -48,13 +47,6 @@ class _Answer(nn.Module):
         return torch.cat([logits, score.unsqueeze(1)], dim=1)
 
 
-class _Score(_Answer):
-    """The score of a detector, (n, 1)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.detector.answer(x)[1].unsqueeze(1)
-
-
 @dataclass(frozen=True)
 class RejectionAware(Attack):
     """Selective projected gradient descent on margin and suspicion score.
@@ -64,8 +56,6 @@ class RejectionAware(Attack):
         step_size: first step as a share of eps; it falls to a hundredth along a cosine.
         restarts: rounds of runs: one without a class to head for, and one towards each target.
         targets: wrong classes to head for, the likeliest first; 0: none.
-        dear: ask the view for the margin, and the detector for its score only where the answer is wrong already: for
-            scores that cost many forward passes. Otherwise one question to the detector tells both.
 
     Raises:
         ValueError: a hyper-parameter out of range.
@@ -77,7 +67,6 @@ class RejectionAware(Attack):
     step_size: float = 0.3
     restarts: int = 1
     targets: int = 9
-    dear: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("restarts", 1), ("targets", 0)):
@@ -92,35 +81,21 @@ class RejectionAware(Attack):
 
     def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
         """Run towards any wrong class from the clean image, then towards each from random points."""
-        ball, questions = cast(Lp, threat), self._questions(oracle)
+        ball, detector = cast(Lp, threat), oracle.inside(Rejecting)  # type: ignore[type-abstract]
+        question = Question(_Answer(detector), lambda values, aim: _both(values, aim, detector.threshold), 2)
         first = True
         for heading in self._headings(oracle, x, goal):
-            rows = oracle.standing(sum(question.cost for question in questions) + oracle.judge_cost)
+            rows = oracle.standing(question.cost + oracle.judge_cost)
             if len(rows) == 0:
                 break
             start = x[rows] if first else ball.take(rows).random_point(x[rows], streams.take(rows))
             own, none = goal.take(rows), x.new_zeros(len(rows), 0)
             aim = Aim(own.labels, own, heading[rows], none, none)
-            rows, points = descend(
-                oracle, ball, rows, start, aim, questions, steps=self.steps, step_size=self.step_size
-            )
+            rows, points = descend(oracle, ball, rows, start, aim, question, steps=self.steps, step_size=self.step_size)
             if len(rows):
                 oracle.judge(points, rows)
             first = False
         return oracle.best
-
-    def _questions(self, oracle: Oracle) -> list[Question]:
-        detector = oracle.inside(Rejecting)  # type: ignore[type-abstract]
-        if not self.dear:
-            answer = _Answer(detector)
-            return [
-                Question(answer, forward_passes(answer), lambda values, aim: _both(values, aim, detector.threshold), 2)
-            ]
-        score = _Score(detector)
-        return [
-            Question(None, oracle.probe_cost, lambda logits, aim: _right(logits, aim).unsqueeze(1), 1),
-            Question(score, forward_passes(score), lambda values, aim: values - detector.threshold, 1),
-        ]
 
     def _headings(self, oracle: Oracle, x: Tensor, goal: Goal) -> list[Tensor]:
         """Return for each run the class that each sample of the batch heads for, int64 (B,)."""
