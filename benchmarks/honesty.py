@@ -31,7 +31,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from robustbench_lite.attacks import FGSM, PGD, FoolboxAttack, LatentDescent, QuickAutoAttack, Square, Transfer
+from robustbench_lite.attacks import (
+    FGSM,
+    PGD,
+    FoolboxAttack,
+    LatentDescent,
+    QuickAutoAttack,
+    Square,
+    Transfer,
+    UniversalPerturbation,
+)
 from robustbench_lite.attacks.base import Attack
 from robustbench_lite.core.models import is_stochastic, predict, rejects
 from robustbench_lite.core.threats import Lp
@@ -48,18 +57,30 @@ STANDARD: list[Attack] = [PGD(steps=100, restarts=5, loss="margin"), QuickAutoAt
 
 @dataclass(frozen=True)
 class Claim:
-    """What the authors of a defense attacked it with; `on_net`: the attack did not know the defense around the net."""
+    """What the authors of a defense attacked it with; `on_net`: the attacks did not know the defense around the net.
 
-    attack: Attack
+    `universal`: one perturbation for all images, fitted to them.
+    """
+
+    attacks: tuple[Attack, ...]
     on_net: bool = False
+    universal: bool = False
+
+    def made(self, defense: nn.Module, data: Dataset, threat: Lp) -> tuple[Attack, ...]:
+        """Return the attacks as they meet the defense."""
+        if self.universal:
+            return (UniversalPerturbation(held_out=0).fit(defense, data.images, data.labels, threat),)
+        net = getattr(defense, "net", defense)
+        return tuple(Transfer(attack, (net,)) for attack in self.attacks) if self.on_net else self.attacks
 
 
-BIM_NET, FGSM_NET = Claim(PGD(steps=10, random_start=False), on_net=True), Claim(FGSM(), on_net=True)
+BIM_NET, FGSM_NET = Claim((PGD(steps=10, random_start=False),), on_net=True), Claim((FGSM(),), on_net=True)
 CLAIMS = {  # the paper's attack, its budget scaled to the threat; other defenses: PGD-40
-    "mart": Claim(PGD(steps=20)),
-    "trades": Claim(PGD(steps=20)),
-    "fgsm_training": Claim(PGD(steps=50, restarts=10)),
-    "ensemble_adversarial_training": Claim(FGSM(random_start=True)),
+    "mart": Claim((PGD(steps=20),)),
+    "trades": Claim((PGD(steps=20),)),
+    "fgsm_at": Claim((PGD(steps=50, restarts=10),)),
+    "universal_at": Claim((), universal=True),
+    "ensemble_at": Claim((FGSM(random_start=True),)),
     "bit_depth": FGSM_NET,
     "jpeg": BIM_NET,
     "pixel_deflection": BIM_NET,
@@ -67,16 +88,16 @@ CLAIMS = {  # the paper's attack, its budget scaled to the threat; other defense
     "input_noise": BIM_NET,
     "weight_noise": BIM_NET,
     "deep_knn": BIM_NET,
-    "deep_rbf": Claim(FGSM()),
-    "dustbin": Claim(FGSM()),
+    "deep_rbf": Claim((FGSM(),)),
+    "dustbin": Claim((FGSM(),)),
     "gaussian_process": FGSM_NET,
-    "abs": Claim(LatentDescent()),
-    "binary_abs": Claim(LatentDescent()),
-    "nearest_neighbour": Claim(FoolboxAttack("SaltAndPepperNoiseAttack")),
-    "gaussian": Claim(PGD(steps=20), on_net=True),
-    "smooth_adv": Claim(PGD(steps=20), on_net=True),
-    "consistency": Claim(PGD(steps=20), on_net=True),
-    "pixel_dp": Claim(PGD(steps=20)),
+    "abs": Claim((LatentDescent(), FoolboxAttack("PointwiseAttack"))),
+    "binary_abs": Claim((LatentDescent(), FoolboxAttack("PointwiseAttack"))),
+    "nearest_neighbour": Claim((FoolboxAttack("PointwiseAttack"),)),
+    "gaussian": Claim((PGD(steps=20),), on_net=True),
+    "smooth_adv": Claim((PGD(steps=20),), on_net=True),
+    "consistency": Claim((PGD(steps=20),), on_net=True),
+    "pixel_dp": Claim((PGD(steps=20),)),
 }
 
 
@@ -112,18 +133,19 @@ def row(entry: str, data: Dataset, threat: Lp) -> list[str]:
     """Return one line of the table."""
     start = time.process_time()
     defense = load_defense(entry, data_dir=DATA).eval()
-    claim = CLAIMS.get(kind(entry), Claim(PGD(steps=40)))
-    attack = Transfer(claim.attack, (getattr(defense, "net", defense),)) if claim.on_net else claim.attack
-    unaware = Unaware(defense)
-    stages = [brought_down(unaware, data, threat, [])]
-    stages.append(brought_down(defense if attack.needs else unaware, data, threat, [attack]))
+    claim, unaware = CLAIMS.get(kind(entry), Claim((PGD(steps=40),))), Unaware(defense)
+    stages = [brought_down(unaware, data, threat, []), set[int]()]
+    attacks = claim.made(defense, data, threat)
+    for attack in attacks:
+        stages[1] |= brought_down(defense if attack.needs else unaware, data, threat, [attack])
     stages.append(brought_down(unaware, data, threat, STANDARD))
     down = set[int]().union(*stages)
     if isinstance(defense, Wrapper) and len(down) < len(data):  # a bare net has nothing that the standard suite missed
         down |= brought_down(defense, standing(data, down), threat, STANDARD, adaptive=True)
     shares = [100 * (1 - len(stage) / len(data)) for stage in [*stages, down]]
     cells = [f"{share:.1f}" for share in shares] + [f"{shares[1] - shares[3]:.1f}"]
-    about = f"{title(claim.attack)}{', on the net' if claim.on_net else ''}"
+    about = "universal perturbation" if claim.universal else ", ".join(map(title, claim.attacks))
+    about += ", on the net" if claim.on_net else ""
     return [entry, *cells, about, f"{time.process_time() - start:.0f}"]
 
 

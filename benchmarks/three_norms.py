@@ -1,9 +1,10 @@
 """The three-norm table: defenses that were made for one norm, under the others too.
 
 Accuracy under the worst of PGD (40 steps, 2 restarts, margin loss), QuickAutoAttack and Square (1,000 queries), where
-they support the norm, FMN, and what the defense names in `adaptive_attacks`; `all` is the share that no attack in any
-of the norms brings down. An attack sees the samples that still stand. Medians are those of the smallest l2 distance
-that the attacks without a budget find, over fewer images (a wrong answer to the clean image is a distance of 0).
+they support the norm, FMN, in l0 Foolbox's Pointwise attack, and what the defense names in `adaptive_attacks`; `all` is
+the share that no attack in any of the norms brings down. An attack sees the samples that still stand. Medians are those
+of the smallest l2 distance that the attacks without a budget find, over fewer images (a wrong answer to the clean image
+is a distance of 0).
 
     RBL_DATA=... python benchmarks/three_norms.py --images 1000 --medians 100
     RBL_DATA=... python benchmarks/three_norms.py --entries abs pgd_at_0.3 --norms l2 --store DIR
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from robustbench_lite.attacks import FMN, PGD, QuickAutoAttack, Square
+from robustbench_lite.attacks import FMN, PGD, FoolboxAttack, QuickAutoAttack, Square
 from robustbench_lite.attacks.base import Attack
 from robustbench_lite.core.models import predict
 from robustbench_lite.core.threats import Lp
@@ -36,6 +37,7 @@ from robustbench_lite.zoo import load_defense
 ENTRIES = ("standard", "pgd_at_0.3", "pgd_at_l2_2", "abs", "binary_abs", "ibp_0.3", "nearest_neighbour")
 BUDGETS = {"linf": 0.3, "l2": 2.0, "l1": 10.0, "l0": 12.0}
 SUITE: list[Attack] = [PGD(loss="margin", restarts=2), FMN(), QuickAutoAttack(), Square(queries=1000)]
+POINTWISE = FoolboxAttack("PointwiseAttack")
 UNLIMITED = Lp("l2", None)
 
 
@@ -44,7 +46,7 @@ def accuracies(model: nn.Module, data: Dataset, norms: list[str], options: argpa
     down = []
     for norm in norms:
         threat = Lp(norm, options.eps.get(norm, BUDGETS[norm]))
-        attacks = [attack for attack in SUITE if attack.supports(threat)]
+        attacks = [attack for attack in SUITE if attack.supports(threat)] + [POINTWISE] * (norm == "l0")
         report = evaluate(model, data, threat, attacks, mode="cascade", batch_size=100, store=options.store)
         down.append(fallen(report))
     down.append(set[int]().union(*down))
@@ -55,11 +57,11 @@ def median(model: nn.Module, data: Dataset) -> str:
     """Return the median over the images of the distance in l2 to the nearest example that an attack finds."""
     own = model.adaptive_attacks(UNLIMITED) if isinstance(model, Wrapper) else []
     attacks = {repr(attack): attack for attack in [FMN(steps=200), *own] if attack.supports(UNLIMITED)}
-    x, y = data.images, data.labels
+    x, y, view = data.images, data.labels, model.attack_view() if isinstance(model, Wrapper) else None
     with torch.no_grad():
         nearest = torch.where(predict(model, x) == y, torch.inf, 0.0).double()
     for attack in attacks.values():
-        nearest = torch.minimum(nearest, attack(model, x, y, UNLIMITED).distance)
+        nearest = torch.minimum(nearest, attack(model, x, y, UNLIMITED, view=view).distance)
     return f"{nearest.sort().values[(len(x) - 1) // 2]:.2f}"
 
 
