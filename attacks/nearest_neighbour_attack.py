@@ -90,12 +90,13 @@ class NearestNeighbourAttack(Attack):
             return
         x = oracle.x[rows]
         wanted = _wanted(oracle.goal.take(rows), inside.reference_labels)
-        cells = Cells.around(x, inside.references[0], wanted, ask.of(oracle, x, rows), self.cells)
+        far = ask.of(oracle, x, rows)
+        cells = Cells.around(x, inside.references[0], wanted, far, self.cells)
         for number in range(cells.centres.shape[1]):
             keep = oracle.still(rows, self._price(oracle))
             keep = keep[cells.bounds[keep, number] < self._limit(oracle, rows[keep])]
             if len(keep):
-                self._try(oracle, rows[keep], ask, cells.take(keep), number)
+                self._try(oracle, rows[keep], ask, far[keep], cells.take(keep), number)
 
     def _limit(self, oracle: Oracle, rows: Tensor) -> Tensor:
         """Return the distances (n,) at or beyond which a cell is of no use: the best so far, or the budget."""
@@ -105,10 +106,10 @@ class NearestNeighbourAttack(Attack):
             return best
         return torch.minimum(best, threat.radius(x.double()).reshape(-1).expand(len(x)))
 
-    def _try(self, oracle: Oracle, rows: Tensor, ask: Distances, cells: Cells, number: int) -> None:
+    def _try(self, oracle: Oracle, rows: Tensor, ask: Distances, far: Tensor, cells: Cells, number: int) -> None:
+        """Look for the nearest point of one cell of each image; `far` are the squared distances of the images."""
         shape, dtype = oracle.x[rows].shape, oracle.x.dtype
         programme = cells.programme(number, cast(Lp, oracle.threat).bounds)
-        far = ask.of(oracle, oracle.x[rows], rows)
         for _ in range(self.rounds):
             programme = nearest_point(programme.with_nearest(far, cells.wanted, self.added), self.ascents)
             far = ask.of(oracle, programme.point.to(dtype).reshape(shape), rows)
@@ -123,7 +124,7 @@ class NearestNeighbourAttack(Attack):
 
     def _price(self, oracle: Oracle) -> int:
         """Forward passes of a cell with one verdict."""
-        return 1 + self.rounds + oracle.judge_cost
+        return self.rounds + oracle.judge_cost
 
 
 def _wanted(goal: Goal, labels: Tensor) -> Tensor:

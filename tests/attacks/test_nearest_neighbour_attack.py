@@ -136,12 +136,12 @@ def test_a_cell_that_only_a_twin_bounds_has_no_half_space() -> None:
     assert torch.equal(nearest_point(programme, 5).point, point)
 
 
-@pytest.mark.parametrize("budget", [1, 2, 9, 10, 20])
+@pytest.mark.parametrize("budget", [1, 2, 8, 9, 20])
 def test_budgets_are_kept(budget: int) -> None:
     defense, x = fitted(60, 4), queries(6, 4)
     found = NearestNeighbourAttack()(defense, x, defense.predict(x), UNLIMITED, max_queries=budget)
     assert (found.forwards <= budget).all()
-    assert found.success.any() == (budget >= 10)
+    assert found.success.any() == (budget >= 9)  # the clean image, its distances, six rounds, a verdict
 
 
 def test_a_target_is_reached_at_the_nearest_of_its_cells() -> None:
