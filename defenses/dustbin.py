@@ -49,7 +49,7 @@ class Dustbin(Detector):
         net: the net, with K outputs.
         fpr: share of clean inputs that may be rejected.
         kinds: out-distribution images that `fit` learns an untrained row by: of "uniform", "gaussian", "pixels"
-            (shuffled), "blocks" (shuffled), "mixes" (of two classes).
+            (shuffled), "blocks" (shuffled), "mixes" (of two classes); none will do where the row is trained.
 
     Raises:
         ValueError: an unknown kind, or a net without a linear layer at its end.
@@ -59,7 +59,7 @@ class Dustbin(Detector):
         self, net: nn.Module, fpr: float = 0.05, kinds: Sequence[str] = ("mixes", "blocks", "uniform")
     ) -> None:
         super().__init__(net, fpr)
-        self.kinds = list(_some(kinds))
+        self.kinds = list(check_kinds(kinds))
         self.row = _row(net, torch.nan)  # not learned yet
 
     def answer(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,9 +68,14 @@ class Dustbin(Detector):
         return logits, self.row(features).squeeze(1) - logits.amax(dim=1)
 
     def learn(self, data: TrainingData) -> None:
-        """Learn the extra row from the features, unless it was trained. The problem is convex."""
+        """Learn the extra row from the features, unless it was trained. The problem is convex.
+
+        Raises:
+            ValueError: no kind of image to learn it by.
+        """
         if not bool(self.row.weight.isnan().any()):
             return
+        _require_some(self.kinds)
         logits, features, outside = self._with_outsiders(data)
         spread = features.std(dim=0).clamp_min(1e-6)
         weight = torch.zeros(features.shape[1] + 1, dtype=features.dtype, device=features.device, requires_grad=True)
@@ -132,8 +137,9 @@ class DustbinTraining(Objective):
     fpr: float = 0.05
 
     def __post_init__(self) -> None:
-        kinds = check_kinds(self.kinds) if self.others is not None else _some(self.kinds)
-        object.__setattr__(self, "kinds", kinds)
+        object.__setattr__(self, "kinds", check_kinds(self.kinds))
+        if self.others is None:
+            _require_some(self.kinds)
         if not self.weight > 0:
             raise ValueError(f"weight must be > 0, got {self.weight:g}")
 
@@ -155,8 +161,7 @@ class DustbinTraining(Objective):
         self, model: nn.Module, data: TrainingData, state: Any, calibration: TrainingData | None = None
     ) -> nn.Module:
         """Return the detector, its threshold set."""
-        kinds = self.kinds or ("mixes", "blocks", "uniform")
-        defense = Dustbin(model, self.fpr, kinds).to(next(model.parameters()).device).eval()
+        defense = Dustbin(model, self.fpr, self.kinds).to(next(model.parameters()).device).eval()
         defense.row.load_state_dict(state.state_dict())
         defense.fit(data, calibration)
         return defense
@@ -171,8 +176,6 @@ def _row(net: nn.Module, value: float) -> nn.Linear:
     return row.to(head.weight.device)
 
 
-def _some(kinds: Sequence[str]) -> tuple[str, ...]:
-    checked = check_kinds(kinds)
-    if not checked:
+def _require_some(kinds: Sequence[str]) -> None:
+    if not kinds:
         raise ValueError("out-distribution training needs images of no class: give kinds=[...], or others=...")
-    return checked

@@ -167,6 +167,12 @@ def test_each_source_serves_its_share_and_no_sample_looks_at_its_neighbours() ->
 def test_another_data_set_alone_will_do_if_it_fits() -> None:
     objective = DustbinTraining(kinds=[], others=blobs(20, seed=9))
     assert objective.setup(net(), blobs()).weight.shape == (1, 16)
+    defense = train(net(), blobs(), objective, epochs=1, device="cpu", calibration=blobs(90, "calibration", 1))
+    assert isinstance(defense, Dustbin)
+    assert defense.settings()["kinds"] == []  # a card tells no kind of image that it never saw
+    again = Dustbin(net(), **defense.settings())
+    again.load_state_dict(defense.state_dict())
+    assert torch.equal(again.eval()(blobs(9).images), defense(blobs(9).images))
     odd = replace(blobs(20), images=torch.rand(20, 1, 5, 5))
     with pytest.raises(ValueError, match=r"\(1, 6, 6\)"):
         DustbinTraining(others=odd).setup(net(), blobs())
@@ -175,6 +181,8 @@ def test_another_data_set_alone_will_do_if_it_fits() -> None:
 def test_faults_are_named() -> None:
     with pytest.raises(ValueError, match="kinds"):
         DustbinTraining(kinds=[])
+    with pytest.raises(ValueError, match="kinds"):
+        Dustbin(net(), kinds=[]).learn(blobs())
     with pytest.raises(ValueError, match="snow"):
         Dustbin(net(), kinds=["snow"])
     with pytest.raises(ValueError, match="weight"):
