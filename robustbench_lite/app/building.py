@@ -14,7 +14,7 @@ from torch import nn
 from robustbench_lite.data import Dataset
 from robustbench_lite.models import load_model, shape_options
 
-__all__ = ["build", "complete", "data", "methods", "model", "net", "row_name"]
+__all__ = ["build", "complete", "data", "methods", "model", "net", "row_name", "threats"]
 
 
 def build(node: Mapping[str, Any], what: str) -> Any:
@@ -82,6 +82,14 @@ def complete(node: Mapping[str, Any], samples: Dataset) -> dict[str, Any]:
     shape = shape_options(target, in_channels=channels, image_size=size, num_classes=samples.num_classes)
     ours = target.startswith("robustbench_lite.")
     return options | {name: value for name, value in shape.items() if ours or options.get(name) is None}
+
+
+def threats(plain: Mapping[str, Any]) -> list[Any]:
+    """Return the threat of a job, and those that its suite adds; each is judged alone."""
+    more = (plain["suite"] or {}).get("threats") or {}
+    added = [build(node, f"suite.threats.{name}") for name, node in more.items() if node is not None]
+    first = build(plain["threat"], "threat")
+    return [first, *(threat for threat in added if threat != first)]
 
 
 def methods(plain: Mapping[str, Any], kind: str) -> list[Any]:

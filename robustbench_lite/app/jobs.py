@@ -217,7 +217,7 @@ def _compute(plain: dict[str, Any], store: Path | None, key: str | None) -> Done
         report = evaluate(
             building.model(plain),
             building.data(plain),
-            building.build(plain["threat"], "threat"),
+            building.threats(plain),
             building.methods(plain, "attacks"),
             building.methods(plain, "certifiers"),
             store=store,

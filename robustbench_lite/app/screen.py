@@ -23,9 +23,10 @@ def show_sheet(sheet: Sheet) -> None:
 
 
 def show_not_applicable(report: Report, defense: str = "") -> None:
-    """Print why methods are n/a, where they gave a reason."""
-    of = f" for {defense}" if defense else ""
-    for method, reason in dict.fromkeys((part.method, part.reason) for part in report.not_applicable if part.reason):
+    """Print why methods are n/a, where they gave a reason; one that another threat is meant for needs none."""
+    of, ran = f" for {defense}" if defense else "", set(report.records["method"])
+    missing = [part for part in report.not_applicable if part.reason and part.method not in ran]
+    for method, reason in dict.fromkeys((part.method, part.reason) for part in missing):
         console().print(Text(f"{method}: n/a{of}: {reason}"), highlight=False)
 
 

@@ -18,6 +18,7 @@ TEXT_COLUMNS = ("defense", "verdict", "flags")
 _GROUP = ["dataset", "threat", "eps", "n"]
 _BEFORE = ("dataset", "defense", "fingerprint", "threat", "eps", "seed", "precision", "n", "mode", "clean")
 _AFTER = ("certified", "certified_probabilistic", "gap", "spared", "timeouts", "incomplete", "verdict", "flags")
+_SUMS = ("clean", "worst_case", "certified")
 _HEADERS = {"worst_case": "robust", "certified_probabilistic": "certified (prob.)"}
 _OPTIONAL = (
     "certified_probabilistic",
@@ -84,19 +85,26 @@ def sheets(summaries: Iterable[pd.DataFrame]) -> Iterator[Sheet]:
 
     Args:
         summaries: results of `table_of`. A method that one of them names stays in the sheets of its rows, even where it
-            has no figure: n/a.
+            has no figure: n/a. One that is meant for another threat is left out.
     """
     groups: dict[tuple[Any, ...], list[pd.DataFrame]] = {}
     for summary in summaries:
         for key, rows in summary.groupby(_GROUP, sort=False, dropna=False):
             names = tuple(None if pd.isna(part) else part for part in cast(tuple[Any, ...], key))
             groups.setdefault(names, []).append(rows)
-    for (dataset, threat, eps, n), parts in groups.items():
-        frame = rank(_stacked(parts))
+    frames = {key: _stacked(parts) for key, parts in groups.items()}
+    told = {name for frame in frames.values() for name in frame.columns if frame[name].notna().any()}
+    for (dataset, threat, eps, n), found in frames.items():
+        frame = rank(found.drop(columns=[name for name in told & set(_methods(found)) if found[name].isna().all()]))
         title, slug = _names(str(dataset), threat, eps, n)
         columns, named = _shown(frame), frame.assign(defense=_told_apart(frame))
         cells = [[_cell(row, column) for column in columns] for _, row in named.iterrows()]
         yield Sheet(title, slug, [_HEADERS.get(column, column) for column in columns], cells, frame)
+
+
+def _methods(frame: pd.DataFrame) -> list[str]:
+    """Return the columns of attacks and certifiers, with their intervals."""
+    return [name for name in frame.columns if not name.startswith(_SUMS) and name not in (*_BEFORE, *_AFTER)]
 
 
 def _stacked(parts: list[pd.DataFrame]) -> pd.DataFrame:

@@ -55,6 +55,18 @@ def test_suites_build(name: str) -> None:
     assert all(isinstance(attack, Attack) for attack in attacks)
     assert all(isinstance(certifier, Certifier) for certifier in certifiers)
     assert attacks + certifiers
+    judged = building.threats(plain | {"threat": node("threat", "linf") | {"eps": 0.1}})
+    assert all(isinstance(threat, Threat) for threat in judged)
+    assert all(any(method.supports(threat) for threat in judged) for method in attacks + certifiers)
+    assert all(any(attack.supports(threat) for attack in attacks + certifiers) for threat in judged)
+
+
+def test_a_suite_adds_threats_but_none_twice() -> None:
+    plain = {"suite": OmegaConf.to_container(composed("evaluate", "suite=spatial").suite, resolve=True)}
+    first = building.threats(plain | {"threat": node("threat", "linf") | {"eps": 0.1}})
+    assert [threat.name[:8] for threat in first] == ["linf", "rotation", "deformat"]
+    same = building.threats(plain | {"threat": node("threat", "deformation")})
+    assert [threat.name[:8] for threat in same] == ["deformat", "rotation"]
 
 
 @pytest.mark.parametrize("name", registry.groups("model"))

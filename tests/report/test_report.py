@@ -75,6 +75,16 @@ def test_not_applicable_is_never_zero() -> None:
     assert cells["a"]["gap"].text == "n/a"
 
 
+def test_a_method_for_another_threat_has_no_column() -> None:
+    nothing = {name + end: NAN for name in ("FGSM", "PGD(steps=40, loss=margin)") for end in ("", "_low", "_high")}
+    turned = summary("a", 0.3, threat="rotation", **nothing)
+    linf, rotation = sheets([pd.concat([summary("a", 0.5), turned])])
+    assert "FGSM" in linf.headers
+    assert "FGSM" not in rotation.headers
+    (nowhere,) = sheets([turned])  # it has a figure in no table: its column says that it was asked
+    assert "FGSM" in nowhere.headers
+
+
 def test_methods_of_some_rows_stand_among_their_kind() -> None:
     other = summary("b", 0.3).rename(columns=lambda name: name.replace("FGSM", "BIM"))
     (sheet,) = sheets([summary("a", 0.5), other])
