@@ -2,8 +2,8 @@
 
 Both by the attacks of the suite `standard` (noise, AutoAttack, NES) in the same threat, on the same seeded images; the
 first with the cascade of bounds, and the share of proven samples that the audit attacks all the same. CPU seconds of
-each, their ratio, both accuracies under the worst case (they must agree), what was proven, and the share of the attacks'
-work that proofs made needless.
+each, their ratio, both accuracies under the worst case (they must agree), what was proven, and the share of the
+attacks' work that proofs made needless.
 
     RBL_DATA=... python benchmarks/pruning.py --entry mnist/ibp_0.3 --eps 0.3 --images 1000
 """
