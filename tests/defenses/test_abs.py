@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -137,6 +140,24 @@ def test_its_attacks_break_it_and_none_within_the_better_bound(norm: str) -> Non
             assert (distances.amin(dim=0) >= estimate * (1 - 1e-3)).all()
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_binary_abs_falls_through_its_view_near_the_nearest_cut_image_of_another_answer(norm: str) -> None:
+    model, x = around(Curved(), BinaryABS, latents=100, steps=2), images(4).clamp(0.05, 0.95)
+    y = model.predict(x)
+    cuts = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * 9)
+    moved = (cuts != (x > 0.5).flatten(1).unsqueeze(1)) * (x.flatten(1) - 0.5).abs().unsqueeze(1)
+    far = torch.linalg.vector_norm(moved, ord=torch.inf if norm == "linf" else 2, dim=2)
+    exact = far.masked_fill(model.predict(cuts.view(-1, 1, 3, 3)) == y.unsqueeze(1), torch.inf).amin(dim=1)
+    attack, threat = FMN(steps=60), Lp(norm, None)
+    assert {FMN, LatentDescent} < {type(one) for one in model.adaptive_attacks(threat)}
+    walked = LatentDescent()(model, x, y, threat, view=model.attack_view()).distance
+    found = attack(model, x, y, threat, view=model.attack_view()).distance
+    assert (torch.minimum(found, walked) >= exact).all()
+    assert found.isfinite().all() and walked.isfinite().all()
+    assert (torch.minimum(found, walked) / exact).median() < 2.5
+    assert not attack(model, x, y, threat).success.any()  # the gradient of the cut is 0
+
+
 def test_attacks_are_chosen_by_threat() -> None:
     model = around(Curved())
     kinds = {norm: [type(a).__name__ for a in model.adaptive_attacks(Lp(norm, 0.1))] for norm in ("linf", "l2", "l1")}
@@ -171,6 +192,14 @@ def test_the_view_of_binary_abs_has_its_logits_and_a_sigmoids_gradient() -> None
     inner = -2 * binary.scale * (cut - binary.explain(x).images[:, 0])
     s = (10 * (x - 0.5)).sigmoid()
     assert torch.allclose(slope, inner * 10 * s * (1 - s))
+
+
+@pytest.mark.parametrize("cls", [ABS, BinaryABS])
+def test_its_config_says_what_its_class_does(cls: type[ABS]) -> None:
+    name = {ABS: "abs", BinaryABS: "binary_abs"}[cls]
+    told = yaml.safe_load((Path(__file__).parents[2] / f"conf/defense/{name}.yaml").read_text())["wrapper"]
+    known = {field: value.default for field, value in inspect.signature(cls).parameters.items() if field != "net"}
+    assert told == {"_target_": f"robustbench_lite.defenses.{cls.__name__}", "_partial_": True, **known}
 
 
 @pytest.mark.parametrize(
