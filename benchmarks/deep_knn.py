@@ -3,8 +3,9 @@
 The net's own adversarial examples (FGSM at linf 0.25, Carlini and Wagner's l2), and those of `DeepKNNAttack` on the
 defense: the nearest that it accepts at its threshold, and the nearest that are as credible as half of the clean
 calibration images (a threshold with a false-positive rate of 50 %). One line a kind of input: accuracy of the net;
-accuracy of the neighbours; share of inputs that are wrong and accepted at the rate of 5 %; mean credibility; ROC-AUC of
-the credibility, clean against these; mean l2 distance, and the same over that of Carlini and Wagner's examples.
+accuracy of the neighbours; share of inputs that are wrong and accepted at the rate of 5 %; and of the attack's successes
+alone (a failure leaves the clean image) their number; their mean credibility; ROC-AUC of the credibility, clean against
+these; mean l2 distance; the same over that of Carlini and Wagner's examples, where both succeed.
 
     RBL_DATA=... python benchmarks/deep_knn.py --data digits --k 25 --calibration 100
     RBL_DATA=... python benchmarks/deep_knn.py --data mnist --references 20000
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from nets import DATA
@@ -24,6 +27,7 @@ from torch import Tensor
 
 from robustbench_lite.attacks import FGSM, DeepKNNAttack, FoolboxAttack
 from robustbench_lite.core.models import predict
+from robustbench_lite.core.results import AttackResult
 from robustbench_lite.core.threats import Lp
 from robustbench_lite.data import load_data
 from robustbench_lite.defenses import DeepKNN
@@ -33,7 +37,16 @@ CARLINI_WAGNER = FoolboxAttack(
     "L2CarliniWagnerAttack", binary_search_steps=6, steps=300, stepsize=0.02, initial_const=1.0
 )
 UNLIMITED = Lp("l2", None)
-COLUMNS = ("input", "net %", "neighbours %", "fooled %", "credibility", "AUC", "l2", "/ C&W", "s")
+COLUMNS = ("input", "net %", "neighbours %", "fooled %", "successes", "credibility", "AUC", "l2", "/ C&W", "s")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs of one kind: points (B, C, H, W), which of them count as successes, bool (B,), and seconds."""
+
+    points: Tensor
+    success: Tensor
+    seconds: float
 
 
 def fitted(options: argparse.Namespace) -> DeepKNN:
@@ -45,21 +58,22 @@ def fitted(options: argparse.Namespace) -> DeepKNN:
     return defense
 
 
-def examples(defense: DeepKNN, x: Tensor, y: Tensor, options: argparse.Namespace) -> dict[str, tuple[Tensor, float]]:
-    """Return the kinds of inputs, each with the seconds they took; where an attack fails, the clean image."""
+def examples(defense: DeepKNN, x: Tensor, y: Tensor, options: argparse.Namespace) -> dict[str, Inputs]:
+    """Return the kinds of inputs; where an attack fails, the clean image."""
     held_out = load_data(options.data, split="calibration", data_dir=DATA)
     attack = DeepKNNAttack(steps=options.steps, judge_every=options.judge_every)
-    found = {"clean": (x, 0.0)}
+    found = {"clean": Inputs(x, torch.ones_like(y, dtype=torch.bool), 0.0)}
 
-    def add(name: str, work: object) -> None:
+    def add(name: str, work: Callable[[], AttackResult]) -> None:
         start = time.process_time()
-        found[name] = (work(), time.process_time() - start)  # type: ignore[operator]
+        result = work()
+        found[name] = Inputs(result.x_adv, result.success, time.process_time() - start)
 
-    add("FGSM linf 0.25", lambda: FGSM()(defense.net, x, y, Lp("linf", 0.25), stop="never").x_adv)
-    add("C&W l2", lambda: CARLINI_WAGNER(defense.net, x, y, UNLIMITED).x_adv)
+    add("FGSM linf 0.25", lambda: FGSM()(defense.net, x, y, Lp("linf", 0.25), stop="never"))
+    add("C&W l2", lambda: CARLINI_WAGNER(defense.net, x, y, UNLIMITED))
     for name, rate in (("DeepKNNAttack, accepted", 0.05), ("DeepKNNAttack, as credible", 0.5)):
         defense.calibrate(held_out, rate)
-        add(name, lambda: attack(defense, x, y, UNLIMITED).x_adv)
+        add(name, lambda: attack(defense, x, y, UNLIMITED))
     defense.calibrate(held_out, 0.05)
     return found
 
@@ -67,27 +81,36 @@ def examples(defense: DeepKNN, x: Tensor, y: Tensor, options: argparse.Namespace
 def table(defense: DeepKNN, x: Tensor, y: Tensor, options: argparse.Namespace) -> Table:
     """Return the lines of all kinds of inputs."""
     kinds = examples(defense, x, y, options)
-    clean = defense.credibility(x)
-    reference = UNLIMITED.distance(kinds["C&W l2"][0], x).mean()
     about = f"k = {options.k}, {len(defense.reference_labels)} references, threshold {1 - float(defense.threshold):.3f}"
     lines = Table(*COLUMNS, title=f"{options.data}, {len(x)} images, {about}")
-    for name, (points, seconds) in kinds.items():
-        credibility, answers = defense.credibility(points), predict(defense, points)
-        truth = [1] * len(x) + [0] * len(x)
-        area = roc_auc_score(truth, torch.cat([clean, credibility]).tolist())
-        distance = UNLIMITED.distance(points, x).mean()
+    for name, inputs in kinds.items():
+        answers = predict(defense, inputs.points)
+        shares = (
+            predict(defense.net, inputs.points) == y,
+            defense(inputs.points).argmax(dim=1) == y,
+            (answers >= 0) & (answers != y),
+        )
         lines.add_row(
             name,
-            f"{100 * (predict(defense.net, points) == y).double().mean():.1f}",
-            f"{100 * (defense(points).argmax(dim=1) == y).double().mean():.1f}",
-            f"{100 * ((answers >= 0) & (answers != y)).double().mean():.1f}",
-            f"{credibility.mean():.3f}",
-            f"{area:.3f}",
-            f"{distance:.3f}",
-            f"{distance / reference:.2f}",
-            f"{seconds:.0f}",
+            *(f"{100 * share.double().mean():.1f}" for share in shares),
+            str(int(inputs.success.sum())),
+            *of_successes(defense, x, inputs, kinds["C&W l2"]),
+            f"{inputs.seconds:.0f}",
         )
     return lines
+
+
+def of_successes(defense: DeepKNN, x: Tensor, inputs: Inputs, reference: Inputs) -> tuple[str, str, str, str]:
+    """Return mean credibility, AUC, mean l2 distance and its ratio to the reference's; "-" where there is none."""
+    if not inputs.success.any():
+        return "-", "-", "-", "-"
+    clean, credibility = defense.credibility(x), defense.credibility(inputs.points[inputs.success])
+    truth = [1] * len(clean) + [0] * len(credibility)
+    area = roc_auc_score(truth, torch.cat([clean, credibility]).tolist())
+    distance, other = (UNLIMITED.distance(one.points, x) for one in (inputs, reference))
+    both = inputs.success & reference.success
+    ratio = f"{distance[both].mean() / other[both].mean():.2f}" if both.any() else "-"
+    return f"{credibility.mean():.3f}", f"{area:.3f}", f"{distance[inputs.success].mean():.3f}", ratio
 
 
 def main() -> None:
