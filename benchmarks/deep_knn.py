@@ -3,9 +3,9 @@
 The net's own adversarial examples (FGSM at linf 0.25, Carlini and Wagner's l2), and those of `DeepKNNAttack` on the
 defense: the nearest that it accepts at its threshold, and the nearest that are as credible as half of the clean
 calibration images (a threshold with a false-positive rate of 50 %). One line a kind of input: accuracy of the net;
-accuracy of the neighbours; share of inputs that are wrong and accepted at the rate of 5 %; and of the attack's successes
-alone (a failure leaves the clean image) their number; their mean credibility; ROC-AUC of the credibility, clean against
-these; mean l2 distance; the same over that of Carlini and Wagner's examples, where both succeed.
+accuracy of the neighbours; share of inputs that are wrong and accepted at the rate of 5 %; then, of the successes alone
+(a failure leaves the clean image), their number; mean credibility; ROC-AUC of the credibility, clean against these;
+mean l2 distance, and the same over that of Carlini and Wagner's examples, where both succeed.
 
     RBL_DATA=... python benchmarks/deep_knn.py --data digits --k 25 --calibration 100
     RBL_DATA=... python benchmarks/deep_knn.py --data mnist --references 20000
