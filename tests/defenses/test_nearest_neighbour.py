@@ -132,6 +132,18 @@ def test_the_radius_between_two_images_is_the_closed_form() -> None:
         assert radius.item() == pytest.approx(lead / (2 * across), rel=1e-6)
 
 
+@pytest.mark.parametrize("norm", ["l2", "linf", "l1"])
+def test_an_exact_tie_is_no_proof_however_it_is_rounded(norm: str) -> None:
+    generator, x = torch.Generator().manual_seed(0), torch.full((1, 1, 6, 6), 0.3, dtype=torch.float64)
+    blank = Dataset("tie", "train", torch.zeros(2, 1, 6, 6), torch.arange(2), torch.arange(2), 2)
+    defense = fitted(blank).double()
+    for _ in range(20):
+        image = torch.rand(36, generator=generator, dtype=torch.float64)
+        mixed = image[torch.randperm(36, generator=generator)]  # as far from a grey image
+        defense.points = torch.stack([image, mixed])
+        assert NearestNeighbourCertificate().radius(defense, x, defense.predict(x), norm).tolist() == [0]
+
+
 def test_a_twin_with_another_label_is_no_proof() -> None:
     data = plane()
     twins = torch.cat([data.images, data.images[:1]])
