@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 STATUS, MARKS = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux
 PASSES = 20  # forward passes whose median is the unit of a round
+SPAN = 0.1  # seconds that short work is repeated for
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
@@ -37,6 +38,16 @@ def pass_seconds(model: nn.Module, x: Tensor) -> float:
     return statistics.median(seconds(lambda: model(image), x.device.type) for _ in range(PASSES))
 
 
+def steady_seconds(work: Callable[[], object], device: str) -> float:
+    """Return the median seconds of a few runs in a row, as many as fit into `SPAN` and as the unit has at most.
+
+    Once is not enough for short work: the unit is measured with warm caches, and so must be what it divides.
+    """
+    first = seconds(work, device)
+    more = min(PASSES, int(SPAN / max(first, 1e-6)))
+    return statistics.median([first, *(seconds(work, device) for _ in range(more))])
+
+
 def rounds(
     works: Mapping[str, Callable[[], object]], unit: Callable[[], float], repeat: int, device: str
 ) -> dict[str, tuple[float, float]]:
@@ -47,7 +58,7 @@ def rounds(
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
     for number in range(repeat + 1):
         for name, work in works.items():
-            one, spent = unit(), seconds(work, device)
+            one, spent = unit(), steady_seconds(work, device)
             if number:
                 taken[name].append((spent, spent / one))
     return {
