@@ -8,7 +8,7 @@ rest is computed and added.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,9 +25,10 @@ from robustbench_lite.evaluation.flags import Flag, non_finite
 from robustbench_lite.evaluation.ledger import Ledger
 from robustbench_lite.evaluation.plan import MODES, Plan, Task, with_own
 from robustbench_lite.evaluation.probe import probe
-from robustbench_lite.evaluation.records import to_frame
+from robustbench_lite.evaluation.records import empty_records, to_frame
 from robustbench_lite.evaluation.report import NotApplicable, Report
 from robustbench_lite.evaluation.samples import Samples, as_samples
+from robustbench_lite.evaluation.shards import check_shard, check_shards, share
 from robustbench_lite.evaluation.store import Store
 from robustbench_lite.evaluation.subject import Subject
 from robustbench_lite.evaluation.witnesses import Witnesses
@@ -68,6 +69,7 @@ def evaluate(
     device: str = "auto",
     max_queries: int | None = None,
     precision: str = "auto",
+    shard: tuple[int, int] | None = None,
     progress: bool = False,
 ) -> Report:
     """Evaluate a model under one or several threats, each judged alone.
@@ -95,6 +97,9 @@ def evaluate(
         device: "auto": where the model is, or a GPU if there is one (the model is copied, not moved).
         max_queries: forward passes that an attack may spend on each sample; None for no limit.
         precision: "auto": the model's; "float32" or "float64" convert a copy of the model.
+        shard: (number, of how many): compute only the rows of this share of the samples (evaluation/shards.py), perhaps
+            none; several processes fill one store so. The report holds these rows, without first look, probe or
+            witnesses: an evaluation without `shard` on the same store then finds all rows there, and judges the whole.
         progress: show a progress bar.
 
     Raises:
@@ -121,20 +126,29 @@ def evaluate(
     plan = Plan.of(threats, attacks, certifiers, max_queries)
     samples = as_samples(data, plan.bounds)
     subject = Subject.of(model, name, device, precision)
-    notes = first_look(subject, samples, seed)
+    if shard is not None:
+        check_shards(shard[1])
+        check_shard(*shard)
+        samples = samples.take(share(samples.indices, *shard, batch_size))
+    notes = [] if shard else first_look(subject, samples, seed)
     opened = store if isinstance(store, Store) or store is None else Store(store)
     ledger = Ledger(opened, str(subject.device), batch_size)
     tasks, witnesses = plan.tasks(subject, samples.name, seed), Witnesses(ledger)
     tables: dict[str, list[pa.Table]] = {task.cell.key: [] for task in tasks}
     for part in _blocks(samples, progress):
         _block(part, tasks, audit if mode == "cascade" else None, subject, ledger, tables)
+        if shard:
+            ledger.forget()
+            continue
         rows = to_frame(pa.concat_tables([parts[-1] for parts in tables.values()]))
         witnesses.collect(part, rows, [task.cell for task in tasks])
     answered = [parts for key, parts in tables.items() if key not in ledger.refused]
-    records = to_frame(pa.concat_tables([table for parts in answered for table in parts]))
+    records = to_frame(pa.concat_tables([empty_records(), *(table for parts in answered for table in parts)]))
+    refused = [_refused(task.cell, ledger) for task in tasks if task.cell.key in ledger.refused]
+    if shard:
+        return _delivered(Report(records, plan.names, [], [], [], [*plan.not_applicable, *refused]), ledger)
     for judged in threats if probed else []:
         notes += probe(subject, samples, judged, _fallen(records, judged), seed)
-    refused = [_refused(task.cell, ledger) for task in tasks if task.cell.key in ledger.refused]
     _keep_slice(subject, samples, ledger)
     return _report(records, plan, refused, notes, ledger, witnesses)
 
@@ -188,7 +202,9 @@ def _block(
 
 
 def _fallen(records: pd.DataFrame, threat: Threat) -> set[int]:
-    rows = records[(records["threat"] == threat.name) & (records["eps"] == threat.size) & records["success"]]
+    rows = records[
+        (records["threat"] == threat.name) & (records["eps"] == threat.size) & records["success"].fillna(False)
+    ]
     return set(rows["index"].tolist())
 
 
@@ -214,11 +230,7 @@ def _report(
     ledger: Ledger,
     witnesses: Witnesses,
 ) -> Report:
-    """Audit the whole, keep the flags, and say at the end what could not be written.
-
-    Raises:
-        UnsavedError: something could not.
-    """
+    """Audit the whole and keep the flags."""
     store, broken, found = ledger.store, non_finite(records), witnesses.attach(audits.audit(records))
     if store is not None:
         first = records.iloc[0]
@@ -233,9 +245,18 @@ def _report(
         found.violations,
         found.findings,
         [*plan.not_applicable, *refused],
-        [] if store is None else list(store.warnings),
-        ledger.unsaved,
     )
+    return _delivered(report, ledger)
+
+
+def _delivered(report: Report, ledger: Ledger) -> Report:
+    """Return the report with what was damaged in the store, and say what could not be written.
+
+    Raises:
+        UnsavedError: something could not.
+    """
+    damaged = [] if ledger.store is None else list(ledger.store.warnings)
+    report = replace(report, warnings=damaged, unsaved=ledger.unsaved)
     if ledger.unsaved:
         lost = "; ".join(ledger.unsaved)
         raise UnsavedError(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pyarrow as pa
-from numpy import array, int64
+from numpy import arange, array, diff, flatnonzero, int64, split
 
 from robustbench_lite.core.errors import NotApplicableError
-from robustbench_lite.evaluation.cells import Cell, block_of, sample_keys
+from robustbench_lite.evaluation.cells import Cell, batch_of, block_of, sample_keys
 from robustbench_lite.evaluation.examples import Examples
 from robustbench_lite.evaluation.methods import Method
 from robustbench_lite.evaluation.plan import Task
@@ -27,7 +27,7 @@ class Ledger:
     Args:
         store: where rows are kept; None: nowhere.
         device: where they are computed; it is recorded.
-        batch_size: samples in one call of a method.
+        batch_size: samples in one call of a method, at most; the cuts are at fixed indices (`cells.batch_of`).
 
     Attributes:
         unsaved: what could not be written, with the system's reason.
@@ -90,9 +90,9 @@ class Ledger:
             self.store.require_writable()
             self.wrote = True
         tables, examples = [], []
-        for start in range(0, len(part), self.batch_size):
-            batch = part.take(array(range(start, min(start + self.batch_size, len(part))), dtype=int64))
-            table, found = _guarded(task, batch, block, run)
+        cuts = flatnonzero(diff(batch_of(part.indices, self.batch_size))) + 1
+        for rows_of_batch in split(arange(len(part)), cuts):
+            table, found = _guarded(task, part.take(rows_of_batch), block, run)
             tables.append(table)
             examples += [] if found is None else [found]
         rows, kept = pa.concat_tables(tables), Examples.join(examples)
