@@ -20,11 +20,11 @@ from robustbench_lite.evaluation.audit import SAMPLE, audit
 from robustbench_lite.evaluation.files import put
 from robustbench_lite.evaluation.flags import Flag
 from robustbench_lite.evaluation.report import NotApplicable, Report
-from robustbench_lite.evaluation.store import Part, Store
+from robustbench_lite.evaluation.store import Store
 
 __all__ = ["Receipt", "all_of", "find", "keep", "receipt_of", "report_of"]
 
-FORMAT = 3
+FORMAT = 4
 _METHOD = ["kind", "method", "version", "threat", "eps"]
 _MODEL = ["dataset", "fingerprint", "seed", "precision"]
 
@@ -37,8 +37,8 @@ class Receipt:
         config: of the job, resolved.
         defense: what the table calls the model.
         model: data set, fingerprint, seed and precision of the rows.
-        methods: one a method and threat, in the table's order: its `_METHOD` columns, the `files` that hold its rows,
-            relative to the store, and the ranges [first, last] of their `indices`.
+        methods: one a method and threat, in the table's order: its `_METHOD` columns, the `cells` that hold its rows,
+            and the ranges [first, last] of their `indices`.
         samples: index, image hash and label of each sample: an index alone may have meant another image before.
         threats: name and eps of each threat.
         notes: the report's.
@@ -60,11 +60,11 @@ def receipt_of(report: Report, config: Mapping[str, Any], store: Path) -> Receip
     """Return the receipt of a report whose rows are all in the store; None where they are not."""
     first = report.records.iloc[0]
     model = {name: _plain(first[name]) for name in _MODEL}
-    files = _files(store, model)
+    cells = _cells(store, model)
     methods = []
     for key, rows in report.records.groupby(_METHOD, sort=False, dropna=False):
         named = {name: _plain(value) for name, value in zip(_METHOD, key, strict=True)}
-        methods.append(named | {"files": files.get(_key(named), []), "indices": _ranges(sorted(rows["index"]))})
+        methods.append(named | {"cells": cells.get(_key(named), []), "indices": _ranges(sorted(rows["index"]))})
     receipt = Receipt(
         dict(config),
         str(first["defense"]),
@@ -134,18 +134,12 @@ def _path(store: Path, key: str) -> Path:
     return store / "receipts" / f"{key}.json"
 
 
-def _files(store: Path, model: dict[str, Any]) -> dict[str, list[str]]:
-    """Return the files of the store that hold rows of this model on this data, by method."""
-    opened = Store(store)
+def _cells(store: Path, model: dict[str, Any]) -> dict[str, list[str]]:
+    """Return the cells of the store that hold rows of this model on this data, by method."""
     found: dict[str, list[str]] = {}
-    for part in opened.parts():
-        if any(part.identity[name] != value for name, value in model.items()):
-            continue
-        rows = opened.file_records(part)
-        if rows is None or len(rows) == 0:
-            continue
-        method = {name: _plain(rows.iloc[0][name]) for name in _METHOD}
-        found.setdefault(_key(method), []).append(part.path.relative_to(store).as_posix())
+    for head in Store(store).heads():
+        if all(head.row[name] == value for name, value in model.items()):
+            found.setdefault(_key({name: _plain(head.row[name]) for name in _METHOD}), []).append(head.name)
     return found
 
 
@@ -156,16 +150,11 @@ def _samples(records: pd.DataFrame) -> list[list[Any]]:
 
 def _rows(opened: Store, receipt: Receipt, method: dict[str, Any], samples: pd.DataFrame) -> pd.DataFrame | None:
     """Return the rows of one method, each once and in the order of their indices; None where one is missing."""
-    frames = []
-    for name in method["files"]:
-        part = Part(opened.root / name, {}, {}, receipt.defense)
-        frame = opened.file_records(part) if part.path.exists() else None
-        if frame is None:
-            return None
-        frames.append(frame)
+    indices = [index for low, high in method["indices"] for index in range(low, high + 1)]
+    found = [opened.cell_records(name, indices) for name in method["cells"]]
+    frames = [frame for frame in found if frame is not None]
     if not frames:
         return None
-    indices = [index for low, high in method["indices"] for index in range(low, high + 1)]
     wanted = pd.MultiIndex.from_frame(samples[samples["index"].isin(indices)])
     rows = pd.concat(frames, ignore_index=True)
     rows = rows[pd.MultiIndex.from_frame(rows[SAMPLE]).isin(wanted)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,8 +20,10 @@ __all__ = [
     "each_once",
     "metadata",
     "only_damage",
+    "read_head",
     "read_metadata",
     "read_rows",
+    "read_whole",
     "write_rows",
 ]
 
@@ -66,10 +68,26 @@ def read_metadata(path: Path) -> dict[bytes, bytes]:
 
 def read_rows(path: Path, names: list[str]) -> pa.Table:
     """Return these columns of a file of records; raises what `read_metadata` raises."""
+    return read_whole(path, names)[1].replace_schema_metadata(None)
+
+
+def read_head(path: Path, names: list[str]) -> tuple[dict[bytes, bytes], dict[str, Any] | None]:
+    """Return what a file of records says of itself, and these columns of its first row; raises as `read_metadata`."""
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        _check_version(path, file.schema_arrow.metadata or {})
-        table = file.read(columns=names)
-    return table.select(names).cast(pa.schema([SCHEMA.field(name) for name in names])).replace_schema_metadata(None)
+        kept: dict[bytes, bytes] = file.schema_arrow.metadata or {}
+        _check_version(path, kept)
+        if file.metadata.num_rows == 0:
+            return kept, None
+        return kept, next(file.iter_batches(1, row_groups=[0], columns=names, use_threads=False)).to_pylist()[0]
+
+
+def read_whole(path: Path, names: list[str]) -> tuple[dict[bytes, bytes], pa.Table]:
+    """Return what a file of records says of itself, and these columns; raises what `read_metadata` raises."""
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        kept: dict[bytes, bytes] = file.schema_arrow.metadata or {}
+        _check_version(path, kept)
+        table = file.read(columns=names, use_threads=False)
+    return kept, table.select(names).cast(pa.schema([SCHEMA.field(name) for name in names]))
 
 
 def only_damage(error: Exception) -> None:

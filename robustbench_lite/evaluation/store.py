@@ -2,19 +2,20 @@
 
     STORE/cells/<cell>/<block>-<unique>.parquet         records of one cell, at most 500 dataset indices
     STORE/cells/<cell>/<block>-<unique>.safetensors     the adversarial examples of its successes
+    STORE/cells/<cell>/<first>_<last>-<unique>.*        the same of several blocks, merged (`compact`)
     STORE/flags/<fingerprint>-<dataset>.json            flags that no record shows
     STORE/slices/<fingerprint>-<dataset>-<content>.json the samples of each evaluation (`versions`)
     STORE/violations/<sample>.json, .safetensors        witnesses of the audit
 
 A file appears whole or not at all, and its examples before it: a killed run loses the block in flight, nothing else.
-Names are unique, so several machines may write to one store. A row that two of them wrote is read once.
+Names are unique, so several machines may write to one store. A row that two of them wrote is read once. Files may be
+merged at any time: who reads a cell and finds one gone reads the cell again (`folders`). docs/store.md has the rest.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,15 +26,18 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from robustbench_lite.evaluation.cells import Cell, SampleNames, sample_keys
+from robustbench_lite.evaluation.cells import BLOCK, Cell, SampleNames, sample_keys
 from robustbench_lite.evaluation.examples import Examples, read_examples, write_examples
 from robustbench_lite.evaluation.files import put, remove_leftovers, require_writable, set_aside, write_files
+from robustbench_lite.evaluation.flags import CONVERGENCE, PROBED
+from robustbench_lite.evaluation.folders import fresh_path, holds, overlap, settled, span
 from robustbench_lite.evaluation.parquet import (
     DAMAGE,
     StoreError,
     each_once,
     metadata,
     only_damage,
+    read_head,
     read_metadata,
     read_rows,
     write_rows,
@@ -42,10 +46,14 @@ from robustbench_lite.evaluation.records import KINDS, SCHEMA, empty_records, to
 from robustbench_lite.evaluation.specs import canonical
 from robustbench_lite.evaluation.versions import SAMPLE_COLUMNS, ambiguous, keep_slice, newest, rows_of
 
-__all__ = ["Part", "Store", "StoreError"]
+__all__ = ["CONSTANT", "Head", "Part", "Store", "StoreError", "rank_of"]
 
 _LOG = logging.getLogger(__name__)
 _KEY = ("index", "sample_hash", "label")
+CONSTANT = (
+    "dataset", "defense", "fingerprint", "threat", "eps", "kind", "method", "version", "seed", "precision",
+)  # fmt: skip
+"""The columns that all records of a cell share; of `defense` the name when the first of them was written."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,21 @@ class Part:
     identity: dict[str, Any]
     environment: dict[str, str]
     defense: str
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a cell is about.
+
+    Attributes:
+        name: of its folder.
+        identity: with the specs that rebuild threat and method.
+        row: the columns that all its records share (`CONSTANT`), by name.
+    """
+
+    name: str
+    identity: dict[str, Any]
+    row: dict[str, Any]
 
 
 class Store:
@@ -99,8 +122,8 @@ class Store:
         if folder not in self._visited:
             self._visited.add(folder)
             remove_leftovers(folder)
-        tables = [t for path in sorted(folder.glob(f"{block:05d}-*.parquet")) if (t := self._sound(path)) is not None]
-        return cell.renamed(each_once(pa.concat_tables(tables))) if tables else empty_records()
+        tables = settled(folder, lambda paths: [self._of_block(path, block) for path in paths if holds(path, block)])
+        return cell.renamed(each_once(pa.concat_tables([empty_records(), *tables])))
 
     def write(self, cell: Cell, block: int, rows: pa.Table, examples: Examples | None, device: str) -> None:
         """Add records of one block, and the examples of their successes, which reach the disk first.
@@ -110,7 +133,7 @@ class Store:
         """
         folder = self._folder(cell)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{block:05d}-{uuid.uuid4().hex[:12]}.parquet"
+        path = fresh_path(folder, block, block)
         table = rows.replace_schema_metadata(metadata(cell, device))
         files: list[tuple[Path, Callable[[BinaryIO], None]]] = [(path, lambda stream: write_rows(table, stream))]
         if examples is not None and len(examples.index):
@@ -122,10 +145,10 @@ class Store:
 
         The sample is (index, image hash, label): its index alone may have stood for another image.
         """
-        for path in sorted(self._folder(cell).glob(f"{block:05d}-*.safetensors")):
-            rows, found = self._sound(path.with_suffix(".parquet")), self.examples_of(path.with_suffix(".parquet"))
-            if found is not None and rows is not None and sample in sample_keys(rows):
-                yield found
+        found = settled(
+            self._folder(cell), lambda paths: [self._example(path, sample) for path in paths if holds(path, block)]
+        )
+        yield from (examples for examples in found if examples is not None)
 
     def examples_of(self, records: Path) -> Examples | None:
         """Return the examples beside a file of records; None where there are none, or where they are damaged."""
@@ -138,29 +161,63 @@ class Store:
             self._report(str(error))
             return None
 
+    def folders(self) -> list[Path]:
+        """Return the folder of each cell.
+
+        Raises:
+            StoreError: there is no such store.
+        """
+        if not self.root.is_dir():
+            raise StoreError(f"there is no store at {self.root}")
+        return sorted(path for path in (self.root / "cells").glob("*") if path.is_dir())
+
+    def heads(self) -> Iterator[Head]:
+        """Yield what each cell is about, in the order of tables; one without a sound row is left out.
+
+        Raises:
+            StoreError: there is no such store.
+            NewerSchemaError: a file has a newer schema.
+        """
+        found = (settled(folder, self._head) for folder in self.folders())
+        yield from sorted((head for head in found if head), key=lambda head: (rank_of(head.identity), head.name))
+
     def parts(self) -> Iterator[Part]:
         """Yield every sound file of records; damaged ones are reported.
 
         Raises:
+            StoreError: there is no such store.
             NewerSchemaError: a file has a newer schema.
         """
-        for path in self._files():
-            try:
-                kept = read_metadata(path)
-                identity, made = json.loads(kept[b"identity"]), json.loads(kept[b"environment"])
-                yield Part(path, identity, made, kept[b"defense"].decode())
-            except DAMAGE as error:
-                only_damage(error)
-                self._report(f"damaged records {path.relative_to(self.root)}: {error}")
+        for folder in self.folders():
+            yield from settled(folder, lambda paths: [part for path in paths if (part := self._part(path))])
 
     def file_records(self, part: Part) -> pd.DataFrame | None:
-        """Return the records of one file; None where it is damaged."""
+        """Return the records of one file; None where it is damaged.
+
+        Raises:
+            FileNotFoundError: it has been merged with others meanwhile.
+        """
         try:
             return to_frame(read_rows(part.path, SCHEMA.names))
         except DAMAGE as error:
             only_damage(error)
             self._report(f"damaged records {part.path.relative_to(self.root)}: {error}")
             return None
+
+    def cell_records(self, name: str, indices: Iterable[int]) -> pd.DataFrame | None:
+        """Return the records of the cell of this name about these dataset indices, each once; None if all are damaged.
+
+        Raises:
+            NewerSchemaError: a file has a newer schema.
+        """
+        blocks = {index // BLOCK for index in indices}
+
+        def read(paths: list[Path]) -> pa.Table | None:
+            wanted = [path for path in paths if _meets(path, blocks)]
+            return self._cell_records(wanted, SCHEMA.names, {}) if wanted else None
+
+        table = settled(self.root / "cells" / name, read)
+        return None if table is None else to_frame(table)
 
     def records(
         self, columns: Iterable[str] | None = None, *, all_versions: bool = False, **equal: Any
@@ -179,14 +236,13 @@ class Store:
             StoreError: there is no such store.
             NewerSchemaError: a file has a newer schema.
         """
-        if not self.root.is_dir():
-            raise StoreError(f"there is no store at {self.root}")
         names = list(SCHEMA.names if columns is None else columns)
-        folders: dict[Path, list[Path]] = {}
-        for path in self._files():
-            folders.setdefault(path.parent, []).append(path)
         read = list(dict.fromkeys([*names, *SAMPLE_COLUMNS]))
-        tables = [self._cell_records(paths, read, equal) for paths in sorted(folders.values(), key=self._rank)]
+        cells = [
+            settled(folder, lambda paths: (self._rank(paths), self._cell_records(paths, read, equal)))
+            for folder in self.folders()
+        ]
+        tables = [table for _, table in sorted(cells, key=lambda cell: cell[0])]
         schema = pa.schema([SCHEMA.field(name) for name in read])
         whole = pa.concat_tables([schema.empty_table(), *tables])
         return to_frame((whole if all_versions else self._one_version(whole)).select(names))
@@ -203,7 +259,8 @@ class Store:
         """Keep the flags that a model raised on a data set, beside those that other slices of it raised.
 
         A fingerprint stands for one model: what once was a reason to doubt it remains one. Of two flags of one id about
-        one threat the newer is kept.
+        one threat the newer is kept. What a probe says about the convergence of attacks on a threat holds until the
+        next probe of that threat, which sees what stronger attacks have added.
 
         Raises:
             OSError: they cannot be written.
@@ -214,7 +271,9 @@ class Store:
         except ValueError as error:
             self._report(f"damaged flags {path.name}: {error}; written anew")
             kept = []
-        merged = {tuple(flag.get(name) for name in ("id", "threat", "eps")): flag for flag in [*kept, *flags]}
+        probed = {_about(flag) for flag in flags if flag["id"] == PROBED}
+        lasting = [flag for flag in kept if flag["id"] not in CONVERGENCE or _about(flag) not in probed]
+        merged = {(flag["id"], *_about(flag)): flag for flag in [*lasting, *flags]}
         if list(merged.values()) != kept:
             put(path, json.dumps(list(merged.values()), indent=1).encode())
 
@@ -235,26 +294,55 @@ class Store:
     def _folder(self, cell: Cell) -> Path:
         return self.root / "cells" / cell.key
 
-    def _files(self) -> list[Path]:
-        return sorted((self.root / "cells").glob("*/*.parquet"))
+    def _head(self, paths: list[Path]) -> Head | None:
+        for path in paths:
+            try:
+                kept, row = read_head(path, list(CONSTANT))
+                if row is not None:
+                    return Head(path.parent.name, json.loads(kept[b"identity"]), row)
+            except DAMAGE as error:
+                only_damage(error)
+        return None
 
-    def _sound(self, path: Path) -> pa.Table | None:
-        """Read a whole file; move it aside where it is damaged."""
+    def _part(self, path: Path) -> Part | None:
+        try:
+            kept = read_metadata(path)
+            identity, made = json.loads(kept[b"identity"]), json.loads(kept[b"environment"])
+            return Part(path, identity, made, kept[b"defense"].decode())
+        except DAMAGE as error:
+            only_damage(error)
+            self._report(f"damaged records {path.relative_to(self.root)}: {error}")
+            return None
+
+    def _example(self, records: Path, sample: tuple[int, str, int]) -> Examples | None:
+        rows, found = self._sound(records), self.examples_of(records)
+        return found if sample in sample_keys(rows) else None
+
+    def _of_block(self, path: Path, block: int) -> pa.Table:
+        """Return the rows that a file has of a block."""
+        table, (first, last) = self._sound(path), span(path)
+        if first == last:
+            return table
+        return table.filter(pc.is_in(table["index"], pa.array(range(block * BLOCK, (block + 1) * BLOCK))))
+
+    def _sound(self, path: Path) -> pa.Table:
+        """Read a whole file; where it is damaged it is moved aside and has no rows.
+
+        Raises:
+            FileNotFoundError: it has gone meanwhile.
+        """
         try:
             return read_rows(path, SCHEMA.names)
-        except FileNotFoundError:
-            return None
         except DAMAGE as error:
             only_damage(error)
             self._report(f"damaged records {path.relative_to(self.root)}: {error}; set aside, to be computed again")
             with suppress(OSError):  # a store that can only be read: the damaged file stays, and is read no further
                 set_aside(path)
-            return None
+            return empty_records()
 
     def _cell_records(self, paths: list[Path], names: list[str], equal: dict[str, Any]) -> pa.Table:
-        blocks = [path.name.partition("-")[0] for path in paths]
-        overlap = len(set(blocks)) < len(blocks)  # only then can a row be there twice
-        needed = list(dict.fromkeys([*names, *equal, *(_KEY if overlap else ())]))
+        twice = overlap(paths)  # only then can a row be there twice
+        needed = list(dict.fromkeys([*names, *equal, *(_KEY if twice else ())]))
         tables = []
         for path in paths:
             try:
@@ -263,7 +351,7 @@ class Store:
                 only_damage(error)
                 self._report(f"damaged records {path.relative_to(self.root)}: {error}; left out")
         table = pa.concat_tables([pa.schema([SCHEMA.field(n) for n in needed]).empty_table(), *tables])
-        table = each_once(table) if overlap else table
+        table = each_once(table) if twice else table
         for name, value in equal.items():
             table = table.filter(pc.equal(table.column(name), pa.scalar(value, SCHEMA.field(name).type)))
         return table.select(names)
@@ -283,15 +371,26 @@ class Store:
         """Order cells by their identity rather than its hash, so that tables keep their order of columns."""
         for path in paths:
             try:
-                identity = json.loads(read_metadata(path)[b"identity"])
-                return canonical([KINDS.index(identity["kind"]), identity["method"], identity["threat"]]), paths[
-                    0
-                ].parent.name
+                return rank_of(json.loads(read_metadata(path)[b"identity"])), path.parent.name
             except DAMAGE as error:
                 only_damage(error)
-        return "", paths[0].parent.name
+        return "", ""
 
     def _report(self, message: str) -> None:
         if message not in self.warnings:
             self.warnings.append(message)
             _LOG.warning(message)
+
+
+def rank_of(identity: dict[str, Any]) -> str:
+    """Return what cells are ordered by: kind, method, threat."""
+    return canonical([KINDS.index(identity["kind"]), identity["method"], identity["threat"]])
+
+
+def _meets(path: Path, blocks: set[int]) -> bool:
+    first, last = span(path)
+    return any(first <= block <= last for block in blocks)
+
+
+def _about(flag: dict[str, Any]) -> tuple[Any, Any]:
+    return flag.get("threat"), flag.get("eps")
