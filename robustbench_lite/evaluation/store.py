@@ -219,8 +219,22 @@ class Store:
         table = settled(self.root / "cells" / name, read)
         return None if table is None else to_frame(table)
 
+    def columns(self, name: str, columns: Iterable[str]) -> pa.Table:
+        """Return these columns of the cell of this name, each row once.
+
+        Raises:
+            NewerSchemaError: a file has a newer schema.
+        """
+        wanted = list(columns)
+        return settled(self.root / "cells" / name, lambda paths: self._cell_records(paths, wanted, {}))
+
     def records(
-        self, columns: Iterable[str] | None = None, *, all_versions: bool = False, **equal: Any
+        self,
+        columns: Iterable[str] | None = None,
+        *,
+        all_versions: bool = False,
+        cells: Iterable[str] | None = None,
+        **equal: Any,
     ) -> pd.DataFrame:
         """Return the records as a frame, each row once; nothing is changed on the disk.
 
@@ -230,6 +244,7 @@ class Store:
         Args:
             columns: the columns to read; None for all.
             all_versions: keep the rows about older data.
+            cells: read the cells of these names alone.
             equal: keep rows whose column has this value, such as `dataset="digits"`.
 
         Raises:
@@ -238,11 +253,13 @@ class Store:
         """
         names = list(SCHEMA.names if columns is None else columns)
         read = list(dict.fromkeys([*names, *SAMPLE_COLUMNS]))
-        cells = [
+        chosen = None if cells is None else set(cells)
+        ranked = [
             settled(folder, lambda paths: (self._rank(paths), self._cell_records(paths, read, equal)))
             for folder in self.folders()
+            if chosen is None or folder.name in chosen
         ]
-        tables = [table for _, table in sorted(cells, key=lambda cell: cell[0])]
+        tables = [table for _, table in sorted(ranked, key=lambda cell: cell[0])]
         schema = pa.schema([SCHEMA.field(name) for name in read])
         whole = pa.concat_tables([schema.empty_table(), *tables])
         return to_frame((whole if all_versions else self._one_version(whole)).select(names))

@@ -12,6 +12,8 @@ interval.
 - `spared` is the share of the attacks' work that proofs made needless: of the samples that an attack was to meet
   (correct, and broken by no attack before it), those that it did not because they are proven; 0 where each saw all.
 - `timeouts` counts samples that a certifier gave up on and no other proved.
+- an example that somebody handed in (`submission.py`) counts in `worst_case`; such rows exist for successes alone, so
+  they make nothing incomplete.
 - `incomplete` counts standing, unproven samples that some attack in the records has not seen: 0 for a finished
   evaluation.
 - `verdict` is "invalid" where the audit found a violation; "reliable" where it did not, every attack has seen what it
@@ -20,24 +22,22 @@ interval.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from robustbench_lite.evaluation.audit import GROUP, SAMPLE, audit
-from robustbench_lite.evaluation.flags import PROBED, non_finite
-from robustbench_lite.evaluation.intervals import clopper_pearson
+from robustbench_lite.evaluation.audit import SAMPLE, audit
+from robustbench_lite.evaluation.flags import non_finite
+from robustbench_lite.evaluation.lines import Flags, Line, Mask, Names, Seen, Summary, titled, to_summary
+from robustbench_lite.evaluation.records import SUBMITTED
 
-__all__ = ["VERDICTS", "summarize"]
-
-Flags = Mapping[tuple[str, str], Iterable[Mapping[str, Any]]]
+__all__ = ["VERDICTS", "lines_of", "summarize", "summary_of"]
 
 VERDICTS = ("invalid", "doubtful", "reliable")  # the worst first
 
 _MODEL = ["dataset", "fingerprint", "seed", "precision"]
-_Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 def summarize(
@@ -54,32 +54,21 @@ def summarize(
     Raises:
         ValueError: one index of a model's data stands for two samples.
     """
+    return summary_of(records, flags, threats).table
+
+
+def summary_of(
+    records: pd.DataFrame, flags: Flags | None = None, threats: Iterable[tuple[str, float | None]] = ()
+) -> Summary:
+    """Return the table of these records, and the outcomes behind its rows; see `summarize`."""
     _check_one_version(records)
     invalid = {group for violation in audit(records).violations for group in violation.groups}
-    table: list[dict[str, Any]] = []
-    attacks: list[str] = []
-    certifiers: list[str] = []
-    for key, clean, rows in _groups(records, list(threats)):
-        notes = [note for note in (flags or {}).get((key["fingerprint"], key["dataset"]), ()) if _about(note, key)]
-        raised = [note["id"] for note in notes if note.get("raised", True)]
-        broken = non_finite(pd.concat([clean, rows]) if len(rows) else clean)
-        raised += [broken.id] if broken else []
-        row = _Row(clean, rows)
-        attacks, certifiers = attacks + list(row.attacks), certifiers + list(row.certifiers)
-        figures = row.figures()
-        sound = not raised and bool(row.attacks) and figures["incomplete"] == 0
-        verdict = "reliable" if sound and any(note["id"] == PROBED for note in notes) else "doubtful"
-        verdict = "invalid" if tuple(key[name] for name in GROUP) in invalid else verdict
-        name = str(clean["defense"].iloc[-1])
-        head = {"dataset": key["dataset"], "defense": name, "fingerprint": key["fingerprint"], "threat": key["threat"]}
-        head |= {"eps": key["eps"], "seed": key["seed"], "precision": key["precision"]}
-        table.append(head | figures | {"verdict": verdict, "flags": ", ".join(dict.fromkeys(raised))})
-    return _ordered(pd.DataFrame(table), attacks, certifiers)
+    return to_summary(lines_of(records, threats), flags or {}, invalid)
 
 
-def _about(note: Mapping[str, Any], key: Mapping[str, Any]) -> bool:
-    """Say whether a note concerns a row: it names no threat, or the row's."""
-    return not note.get("threat") or (note["threat"], note["eps"]) == (key["threat"], key["eps"])
+def lines_of(records: pd.DataFrame, threats: Iterable[tuple[str, float | None]] = ()) -> Iterator[Line]:
+    """Yield the line of each model and threat."""
+    return (_line(*group) for group in _groups(records, list(threats)))
 
 
 def _check_one_version(records: pd.DataFrame) -> None:
@@ -100,104 +89,58 @@ def _groups(
     """Yield (key, clean rows of the samples concerned, other rows) of each row of the table."""
     for model, rows in records.groupby(_MODEL, sort=False):
         clean, other = rows[rows["kind"] == "clean"], rows[rows["kind"] != "clean"]
-        if len(clean) == 0:
-            continue
         key = dict(zip(_MODEL, model, strict=True))
         parts = {tuple(k): part for k, part in other.groupby(["threat", "eps"], sort=False, dropna=False)}
         wanted = list(dict.fromkeys([*threats, *parts])) or [(None, None)]
         for threat, eps in wanted:
             part = parts.get((threat, eps), other.iloc[:0])
-            seen = clean.merge(part[SAMPLE].drop_duplicates(), on=SAMPLE) if len(part) else clean
-            yield key | {"threat": threat, "eps": eps}, seen, part
+            whole = (threat, eps) in threats or not len(part)
+            seen = clean if whole else clean.merge(part[SAMPLE].drop_duplicates(), on=SAMPLE)
+            if len(seen):
+                yield key | {"threat": threat, "eps": eps}, seen, part
 
 
-class _Row:
-    """One row of the table: masks over the samples of the clean rows."""
-
-    def __init__(self, clean: pd.DataFrame, rows: pd.DataFrame) -> None:
-        places = clean[SAMPLE].assign(place=np.arange(len(clean)))
-        self.n = len(clean)
-        self.correct: _Mask = clean["correct"].to_numpy(dtype=bool)
-        self.rows = rows.merge(places, on=SAMPLE)
-        self.attacks, self.certifiers = self._methods("attack"), self._methods("certifier")
-
-    def figures(self) -> dict[str, Any]:
-        """Return the columns that are measured."""
-        standing = self._standing(self.rows[self.rows["kind"] == "attack"])
-        worst = standing if self.attacks else None
-        sure, likely = self._union("deterministic"), self._union("probabilistic")
-        out: dict[str, Any] = {"n": self.n, "mode": self._mode()} | self._share("clean", self.correct)
-        for name, rows in self.attacks.items():
-            out |= self._share(name, self._standing(rows) if self._complete(rows, self.correct) else None)
-        out |= self._share("worst_case", worst)
-        for name, rows in self.certifiers.items():
-            out |= self._share(name, self._proven(rows) if self._complete(rows) else None)
-        out |= self._share("certified", sure) | self._share("certified_probabilistic", likely)
-        out["gap"] = out["worst_case"] - out["certified"]  # NaN where either is
-        proven = np.zeros(self.n, dtype=bool) if sure is None else sure
-        out["spared"] = self._spared(self.correct & proven)
-        out["timeouts"] = self._timeouts(sure, likely)
-        out["incomplete"] = self._incomplete(standing & ~proven)
-        return out
-
-    def _methods(self, kind: str) -> dict[str, pd.DataFrame]:
-        """Return the rows of each method, in order of appearance; a version is named where there are several."""
-        found = self.rows[self.rows["kind"] == kind]
-        several = found.groupby("method")["version"].nunique()
-        parts: Any = found.groupby(["method", "version"], sort=False)
-        return {str(m) if several[m] == 1 else f"{m} v{v}": rows for (m, v), rows in parts}
-
-    def _mask(self, rows: pd.DataFrame) -> _Mask:
-        mask = np.zeros(self.n, dtype=bool)
-        mask[rows["place"].to_numpy()] = True
-        return mask
-
-    def _standing(self, rows: pd.DataFrame) -> _Mask:
-        return self.correct & ~self._mask(rows[rows["success"].fillna(False).astype(bool)])
-
-    def _proven(self, rows: pd.DataFrame) -> _Mask:
-        return self._mask(rows[rows["certified"].fillna(False).astype(bool)])
-
-    def _complete(self, rows: pd.DataFrame, needed: _Mask | None = None) -> bool:
-        seen = self._mask(rows)
-        return bool((seen if needed is None else seen[needed]).all())
-
-    def _union(self, kind: str) -> _Mask | None:
-        rows = self.rows[(self.rows["certificate"] == kind).fillna(False).astype(bool)]
-        return self._proven(rows) if len(rows) else None
-
-    def _spared(self, proven: _Mask) -> float:
-        seen = [self._mask(rows) & self.correct for rows in self.attacks.values()]
-        spared = sum(int((proven & ~mask).sum()) for mask in seen)
-        return spared / max(1, spared + sum(int(mask.sum()) for mask in seen))
-
-    def _incomplete(self, open_: _Mask) -> int:
-        unseen = np.zeros(self.n, dtype=bool)
-        for rows in self.attacks.values():
-            unseen |= open_ & ~self._mask(rows)
-        return int(unseen.sum())
-
-    def _timeouts(self, sure: _Mask | None, likely: _Mask | None) -> int:
-        late = self._mask(self.rows[(self.rows["status"] == "timeout").fillna(False)])
-        for proven in (sure, likely):
-            late &= True if proven is None else ~proven
-        return int(late.sum())
-
-    def _mode(self) -> str:
-        return "full" if all(self._complete(rows) for rows in self.attacks.values()) else "cascade"
-
-    def _share(self, name: str, mask: _Mask | None) -> dict[str, float]:
-        if mask is None:
-            return {name: np.nan, f"{name}_low": np.nan, f"{name}_high": np.nan}
-        low, high = clopper_pearson(int(mask.sum()), self.n)
-        return {name: mask.sum() / self.n, f"{name}_low": low, f"{name}_high": high}
+def _line(key: dict[str, Any], clean: pd.DataFrame, rows: pd.DataFrame) -> Line:
+    places = clean[SAMPLE].assign(place=np.arange(len(clean)))
+    placed = rows.merge(places, on=SAMPLE)
+    names = Names(*(clean[name].to_numpy() for name in SAMPLE))
+    broken = non_finite(pd.concat([clean, rows]) if len(rows) else clean) is not None
+    correct = clean["correct"].to_numpy(dtype=bool)
+    methods = {name: _seen(kind, part, len(clean)) for kind in _KINDS for name, part in _methods(placed, kind)}
+    return Line(key, str(clean["defense"].iloc[-1]), names, correct, methods, broken)
 
 
-_FIRST = ["dataset", "defense", "fingerprint", "threat", "eps", "seed", "precision", "n", "mode", "clean"]
-_LAST = ["certified", "certified_probabilistic", "gap", "spared", "timeouts", "incomplete", "verdict", "flags"]
+_KINDS = {"attack": "success", "certifier": "certified"}  # and the column that says whether they won
 
 
-def _ordered(table: pd.DataFrame, attacks: list[str], certifiers: list[str]) -> pd.DataFrame:
-    """Put the columns in one order: who, clean, attacks, worst case, proofs, verdict."""
-    names = dict.fromkeys([*_FIRST, *attacks, "worst_case", *certifiers, *_LAST])
-    return table[[name + end for name in names for end in ("", "_low", "_high") if name + end in table.columns]]
+def _methods(rows: pd.DataFrame, kind: str) -> list[tuple[str, pd.DataFrame]]:
+    """Return the rows of each method, in order of appearance."""
+    parts: Any = rows[rows["kind"] == kind].groupby(["method", "version"], sort=False)
+    found = {(str(method), int(version)): part for (method, version), part in parts}
+    titles = titled(found)
+    return [(titles[key], part) for key, part in found.items()]
+
+
+def _seen(kind: str, rows: pd.DataFrame, n: int) -> Seen:
+    place, won = rows["place"].to_numpy(), _true(rows[_KINDS[kind]])
+    seen = Seen(kind, _mask(place, n), _mask(place[won], n))
+    if kind == "attack":
+        seen.submitted = bool(_true(rows["status"] == SUBMITTED).all())
+        return seen
+    kinds = rows["certificate"].to_numpy(dtype=object)
+    seen.sure, seen.likely = (
+        _mask(place[won & (kinds == name)], n) if (kinds == name).any() else None
+        for name in ("deterministic", "probabilistic")
+    )
+    seen.late = _mask(place[_true(rows["status"] == "timeout")], n)
+    return seen
+
+
+def _true(column: pd.Series[Any]) -> Mask:
+    return column.to_numpy(dtype=bool, na_value=False)
+
+
+def _mask(places: np.ndarray[Any, Any], n: int) -> Mask:
+    mask = np.zeros(n, dtype=bool)
+    mask[places] = True
+    return mask
