@@ -9,22 +9,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from robustbench_lite.evaluation.budget import Budget as Budget
     from robustbench_lite.evaluation.flags import Flag as Flag
     from robustbench_lite.evaluation.harness import UnsavedError as UnsavedError
     from robustbench_lite.evaluation.harness import evaluate as evaluate
     from robustbench_lite.evaluation.intervals import clopper_pearson as clopper_pearson
-    from robustbench_lite.evaluation.ledger import EvaluationError as EvaluationError
     from robustbench_lite.evaluation.report import Report as Report
     from robustbench_lite.evaluation.store import Store as Store
     from robustbench_lite.evaluation.store import StoreError as StoreError
     from robustbench_lite.evaluation.summary import summarize as summarize
+    from robustbench_lite.evaluation.unfinished import EvaluationError as EvaluationError
+    from robustbench_lite.evaluation.unfinished import Unfinished as Unfinished
 
 _HOMES = {  # public name: its module; a function and its module that share a name must not shadow each other
-    "EvaluationError": "ledger",
+    "Budget": "budget",
+    "EvaluationError": "unfinished",
     "Flag": "flags",
     "Report": "report",
     "Store": "store",
     "StoreError": "store",
+    "Unfinished": "unfinished",
     "UnsavedError": "harness",
     "clopper_pearson": "intervals",
     "evaluate": "harness",

@@ -17,49 +17,49 @@ import numpy as np
 import pyarrow as pa
 
 from robustbench_lite.evaluation.ledger import Ledger
-from robustbench_lite.evaluation.methods import sparing
 from robustbench_lite.evaluation.plan import Task
 from robustbench_lite.evaluation.samples import Samples
-from robustbench_lite.evaluation.subject import Subject
 
-__all__ = ["cascade"]
+__all__ = ["Cascade"]
 
 _Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
-def cascade(
-    part: Samples, tasks: list[Task], subject: Subject, ledger: Ledger, clean: pa.Table, audit: float, seed: int
-) -> list[pa.Table]:
-    """Return the rows of each task about one threat, in the order of the tasks.
+class Cascade:
+    """What is known of a block's samples under one threat, and so which of them the next method sees.
 
     Args:
-        part: the samples of the block.
-        tasks: what to run.
-        subject: the model.
+        part: the samples of the block, in the order of their indices.
+        clean: their clean rows.
         ledger: fetches or computes rows.
-        clean: the clean rows of the block.
         audit: share of the samples that are attacked although they are proven.
         seed: of their draw.
     """
-    correct, drawn = _mask(clean, "correct"), part.lots("audit", seed) < audit
-    proven, fallen = np.zeros_like(correct), np.zeros_like(correct)
-    tables: dict[str, pa.Table] = {}
-    judged = False  # whether a method has seen every sample
-    for task in sorted(tasks, key=lambda task: task.stage):
+
+    def __init__(self, part: Samples, clean: pa.Table, ledger: Ledger, audit: float, seed: int) -> None:
+        self._part, self._clean, self._ledger = part, clean, ledger
+        self._correct, self._drawn = _mask(clean, "correct"), part.lots("audit", seed) < audit
+        self._proven, self._fallen = np.zeros_like(self._correct), np.zeros_like(self._correct)
+        self._judged = False  # whether a method has seen every sample
+
+    def run(self, task: Task) -> pa.Table:
+        """Return the rows of one method; methods come in the order of their stages."""
         attack = task.cell.kind == "attack"
-        open_ = ~fallen & (drawn | ~proven) if attack else ~proven & (~fallen | (task.stage == 0))
-        given = correct & open_ if judged else np.ones_like(correct)
-        run = sparing(task.run, subject, clean) if attack and not judged else None
-        rows = tables[task.cell.key] = ledger.fetch(task, part.take(given), run)
-        if task.cell.key in ledger.refused:
-            continue
-        judged, asked = True, np.flatnonzero(given)
+        open_ = ~self._fallen & (self._drawn | ~self._proven)
+        if not attack:
+            open_ = ~self._proven & (~self._fallen | (task.stage == 0))
+        given = self._part.take(self._correct & open_ if self._judged else np.ones_like(self._correct))
+        rows = self._ledger.fetch(task, given, self._clean if attack and not self._judged else None)
+        if task.cell.key in self._ledger.refused:
+            return rows
+        self._judged |= len(rows) == len(self._part)
+        asked = np.searchsorted(self._part.indices, rows.column("index").to_numpy())  # those that have an answer
         if attack:
-            fallen[asked[_mask(rows, "success")]] = True
+            self._fallen[asked[_mask(rows, "success")]] = True
         else:
             sure = rows.column("certificate").to_numpy(zero_copy_only=False) == "deterministic"
-            proven[asked[_mask(rows, "certified") & sure]] = True
-    return [tables[task.cell.key] for task in tasks]
+            self._proven[asked[_mask(rows, "certified") & sure]] = True
+        return rows
 
 
 def _mask(rows: pa.Table, column: str) -> _Mask:

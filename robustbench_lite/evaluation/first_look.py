@@ -13,17 +13,18 @@ from robustbench_lite.core.goals import Untargeted
 from robustbench_lite.core.losses import margin
 from robustbench_lite.core.models import Model, frozen
 from robustbench_lite.evaluation.flags import Flag, probabilities, randomised, zero_gradients
-from robustbench_lite.evaluation.ledger import EvaluationError
 from robustbench_lite.evaluation.samples import Samples
+from robustbench_lite.evaluation.scarcity import ran_out
 from robustbench_lite.evaluation.subject import Subject
+from robustbench_lite.evaluation.unfinished import EvaluationError
 
 __all__ = ["LOOKED_AT", "first_look", "margin_gradients"]
 
 LOOKED_AT = 64  # images: four forward passes on each
 
 
-def first_look(subject: Subject, samples: Samples, seed: int) -> list[Flag]:
-    """Return the flags that the model's answers on the first images raise.
+def first_look(subject: Subject, samples: Samples, seed: int, count: int = LOOKED_AT) -> list[Flag]:
+    """Return the flags that the model's answers on the first `count` images raise.
 
     Raises:
         TypeError: the model does not answer with a floating-point tensor.
@@ -31,7 +32,7 @@ def first_look(subject: Subject, samples: Samples, seed: int) -> list[Flag]:
             the net is for other images.
         EvaluationError: the model raised an error of another kind.
     """
-    x, y = subject.images(samples.x[:LOOKED_AT]), samples.y[:LOOKED_AT].to(subject.device)
+    x, y = subject.images(samples.x[:count]), samples.y[:count].to(subject.device)
     with subject.seeded(seed):
         with torch.no_grad(), frozen(subject.model):
             first, second = _ask(subject.model, x), _ask(subject.model, x)
@@ -61,9 +62,9 @@ def _ask(model: Model, x: Tensor) -> Tensor:
     """Ask the model; say what may be wrong with a forward pass that fails."""
     try:
         return model(x)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if ran_out(error):
+            raise
         kind, shape = type(model).__name__, "x".join(map(str, x.shape[1:]))
         if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
             mismatch = explain_mismatch(model, x)
@@ -79,8 +80,9 @@ def _gradients(subject: Subject, x: Tensor, loss: Callable[[Tensor], Tensor]) ->
             return torch.zeros_like(x)
         try:
             (slope,) = torch.autograd.grad(value, leaf, allow_unused=True)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # an operation without a derivative: the flag says so
+        except RuntimeError as error:
+            if ran_out(error):
+                raise
+            # an operation without a derivative: the flag says so
             return torch.full_like(x, torch.nan)
     return torch.zeros_like(x) if slope is None else slope

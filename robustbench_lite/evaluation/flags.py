@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
+    from robustbench_lite.evaluation.unfinished import Unfinished
+
 __all__ = [
     "FLAGS",
     "PROBED",
@@ -32,6 +34,7 @@ __all__ = [
     "restarts_help",
     "single_step_beats_iterative",
     "steps_help",
+    "unfinished",
     "unstable_gradients",
     "zero_gradients",
 ]
@@ -222,6 +225,12 @@ def excess_rejections(clean: Tensor, noisy: Tensor, rounded: Tensor) -> str | No
     if max(after) <= before + 0.05:
         return None
     return f"rejects {before:.1%} of clean images, {after[0]:.1%} of noisy and {after[1]:.1%} of rounded ones"
+
+
+@_flag("run again: rows that are there are kept, the others computed; with more time or budget, or the error mended")
+def unfinished(open_: Unfinished) -> str | None:
+    """Raised if a method has no answer about some samples: it was cut off, not run for lack of budget, or failed."""
+    return str(open_)
 
 
 def _listed(names: Tensor) -> str:

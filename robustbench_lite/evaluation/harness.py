@@ -1,36 +1,38 @@
 """The harness: one model, some samples, some threats, some methods; one honest row a threat.
 
 Work goes block by block (500 dataset indices), in each block method by method: clean answers, attacks in the order
-given, certifiers, audit; in a cascade cheap proofs come first. What the store holds is taken from it row by row, the
-rest is computed and added.
+given, certifiers, audit; in a cascade cheap proofs come first; under a budget, what pays (`budget.py`). What the store
+holds is taken from it row by row, the rest is computed and added. What fails or is cut off is left open and named.
 """
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 from torch import Tensor
 
 from robustbench_lite.core.threats import Threat
 from robustbench_lite.evaluation import audit as audits
-from robustbench_lite.evaluation.cascade import cascade
-from robustbench_lite.evaluation.cells import Cell, block_of
-from robustbench_lite.evaluation.first_look import first_look
-from robustbench_lite.evaluation.flags import Flag, non_finite
+from robustbench_lite.evaluation.blocks import Block, block_after_block, cut, what_pays_first
+from robustbench_lite.evaluation.budget import Budget, Purse
+from robustbench_lite.evaluation.cells import Cell
+from robustbench_lite.evaluation.flags import Flag, non_finite, unfinished
 from robustbench_lite.evaluation.ledger import Ledger
 from robustbench_lite.evaluation.plan import MODES, Plan, Task, with_own
-from robustbench_lite.evaluation.probe import probe
 from robustbench_lite.evaluation.records import empty_records, to_frame
 from robustbench_lite.evaluation.report import NotApplicable, Report
+from robustbench_lite.evaluation.runner import InProcess, Runner, TimeLimitError
 from robustbench_lite.evaluation.samples import Samples, as_samples
 from robustbench_lite.evaluation.shards import check_shard, check_shards, share
 from robustbench_lite.evaluation.store import Store
 from robustbench_lite.evaluation.subject import Subject
+from robustbench_lite.evaluation.unfinished import ERROR, TIME_LIMIT, EvaluationError, Unfinished
 from robustbench_lite.evaluation.witnesses import Witnesses
 
 if TYPE_CHECKING:
@@ -68,6 +70,8 @@ def evaluate(
     batch_size: int = 250,
     device: str = "auto",
     max_queries: int | None = None,
+    time_limit: float | None = None,
+    budget: Budget | None = None,
     precision: str = "auto",
     shard: tuple[int, int] | None = None,
     progress: bool = False,
@@ -93,9 +97,14 @@ def evaluate(
             table shows what an attacker finds who does not know the defense.
         name: what tables call the model; default: its class.
         batch_size: samples in one call of a method; it changes answers by rounding at most, but a stochastic model has
-            other draws in each batch, so that its answers depend on how the work is cut.
+            other draws in each batch, so that its answers depend on how the work is cut. A batch that does not fit in
+            memory is halved.
         device: "auto": where the model is, or a GPU if there is one (the model is copied, not moved).
         max_queries: forward passes that an attack may spend on each sample; None for no limit.
+        time_limit: seconds that one method may take for one block of 500 samples. It then runs in a worker process and
+            is killed, whatever it does; finished batches are kept, the other samples of the block have no rows of it.
+            None: no limit, and no worker.
+        budget: forward passes or minutes that this run may take; it goes to what pays, the rest is not run.
         precision: "auto": the model's; "float32" or "float64" convert a copy of the model.
         shard: (number, of how many): compute only the rows of this share of the samples (evaluation/shards.py), perhaps
             none; several processes fill one store so. The report holds these rows, without first look, probe or
@@ -106,16 +115,12 @@ def evaluate(
         TypeError: a model, images, labels or methods of the wrong type.
         ValueError: a model in train mode, images out of bounds, labels without a logit, a threat without a budget,
         the same method twice ...; the message says what to do. StoreError: the store cannot be written, or a newer
-        version of this package has written it. EvaluationError: a method failed; the message names defense, method
-        and block. Finished blocks are kept. UnsavedError: the disk was full; what could not be written is in the
-        error's `report` alone.
+        version of this package has written it. EvaluationError: a method failed on some batch; the message names
+        defense, method and block. All else was evaluated and kept, and is in the error's `report`. UnsavedError: the
+        disk was full; what could not be written is in the error's `report` alone. What a time limit or a budget left
+        open is no error: `report.unfinished` names it, and the rows of the table are flagged.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if not 0 <= audit <= 1:
-        raise ValueError(f"audit is a share of the samples, between 0 and 1, got {audit}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    _check(mode, audit, batch_size, time_limit)
     threats, attacks, certifiers = (
         _listed("threat", threat),
         _listed("attacks", attacks),
@@ -130,27 +135,40 @@ def evaluate(
         check_shards(shard[1])
         check_shard(*shard)
         samples = samples.take(share(samples.indices, *shard, batch_size))
-    notes = [] if shard else first_look(subject, samples, seed)
     opened = store if isinstance(store, Store) or store is None else Store(store)
-    ledger = Ledger(opened, str(subject.device), batch_size)
-    tasks, witnesses = plan.tasks(subject, samples.name, seed), Witnesses(ledger)
-    tables: dict[str, list[pa.Table]] = {task.cell.key: [] for task in tasks}
-    for part in _blocks(samples, progress):
-        _block(part, tasks, audit if mode == "cascade" else None, subject, ledger, tables)
+    with closing(_runner(subject, plan, samples.name, seed, time_limit)) as runner:
+        notes = [] if shard else _looked(runner, samples, seed, subject.name)
+        ledger = Ledger(opened, str(subject.device), batch_size, runner, Purse(budget or Budget()))
+        tasks, witnesses = plan.tasks(subject, samples.name, seed), Witnesses(ledger)
+
+        def done(block: Block) -> None:
+            if shard:
+                ledger.forget(block.number)
+            else:
+                witnesses.collect(block.part, _frame([block.tables], tasks, ledger), [task.cell for task in tasks])
+
+        turns = what_pays_first if budget is not None and budget.limited else block_after_block
+        tables = turns(cut(samples, progress), tasks, ledger, audit if mode == "cascade" else None, done)
+        records = _frame(tables, tasks, ledger)
+        refused = [_refused(task.cell, ledger) for task in tasks if task.cell.key in ledger.refused]
         if shard:
-            ledger.forget()
-            continue
-        rows = to_frame(pa.concat_tables([parts[-1] for parts in tables.values()]))
-        witnesses.collect(part, rows, [task.cell for task in tasks])
-    answered = [parts for key, parts in tables.items() if key not in ledger.refused]
-    records = to_frame(pa.concat_tables([empty_records(), *(table for parts in answered for table in parts)]))
-    refused = [_refused(task.cell, ledger) for task in tasks if task.cell.key in ledger.refused]
-    if shard:
-        return _delivered(Report(records, plan.names, [], [], [], [*plan.not_applicable, *refused]), ledger)
-    for judged in threats if probed else []:
-        notes += probe(subject, samples, judged, _fallen(records, judged), seed)
+            return _delivered(Report(records, plan.names, [], [], [], [*plan.not_applicable, *refused]), ledger)
+        _check_answered(records, ledger)
+        for judged in threats if probed else []:
+            notes += _probed(ledger, samples, judged, _fallen(records, judged), seed)
     _keep_slice(subject, samples, ledger)
     return _report(records, plan, refused, notes, ledger, witnesses)
+
+
+def _check(mode: str, audit: float, batch_size: int, time_limit: float | None) -> None:
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if not 0 <= audit <= 1:
+        raise ValueError(f"audit is a share of the samples, between 0 and 1, got {audit}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if time_limit is not None and not time_limit > 0:
+        raise ValueError(f"time_limit must be a positive number of seconds, or None for no limit, got {time_limit}")
 
 
 def _listed(what: str, given: Any) -> list[Any]:
@@ -168,37 +186,52 @@ def _listed(what: str, given: Any) -> list[Any]:
     return list(given)
 
 
-def _blocks(samples: Samples, progress: bool) -> Iterable[Samples]:
-    """Yield the samples of each block, in the order of their indices."""
-    numbers = block_of(samples.indices)
-    order = [np.flatnonzero(numbers == b) for b in np.unique(numbers)]
-    parts = (samples.take(rows[np.argsort(samples.indices[rows], kind="stable")]) for rows in order)
-    if not progress:
-        return parts
-    from rich.progress import track
+def _runner(subject: Subject, plan: Plan, dataset: str, seed: int, time_limit: float | None) -> Runner:
+    if time_limit is None:
+        return InProcess(subject)
+    from robustbench_lite.evaluation.watchdog import Watchdog
 
-    return track(parts, description="evaluating", total=len(order))
+    return Watchdog(subject, plan, dataset, seed, time_limit)
 
 
-def _block(
-    part: Samples,
-    tasks: list[Task],
-    audit: float | None,
-    subject: Subject,
-    ledger: Ledger,
-    tables: dict[str, list[pa.Table]],
-) -> None:
-    """Run all tasks on one block, and add one table to those of each cell; without an audit all on all samples."""
-    clean = ledger.fetch(tasks[0], part)
-    tables[tasks[0].cell.key].append(clean)
-    for threat in dict.fromkeys(task.threat for task in tasks[1:]):
-        own = [task for task in tasks[1:] if task.threat == threat]
-        if audit is None:
-            found = [ledger.fetch(task, part) for task in own]
-        else:
-            found = cascade(part, own, subject, ledger, clean, audit, tasks[0].cell.seed)
-        for task, table in zip(own, found, strict=True):
-            tables[task.cell.key].append(table)
+def _looked(runner: Runner, samples: Samples, seed: int, name: str) -> list[Flag]:
+    """Take a first look; a model that does not answer in time cannot be evaluated."""
+    runner.begin()
+    try:
+        return runner.look(samples, seed)
+    except TimeLimitError as error:
+        raise EvaluationError(f"{name} does not answer about a few clean images in time: {error}") from error
+
+
+def _frame(tables: list[dict[str, pa.Table]], tasks: list[Task], ledger: Ledger) -> pd.DataFrame:
+    """Return the records of blocks, cell by cell, without those of methods that turned out not to apply."""
+    keys = [task.cell.key for task in tasks if task.cell.key not in ledger.refused]
+    return to_frame(pa.concat_tables([empty_records(), *(block[key] for key in keys for block in tables)]))
+
+
+def _check_answered(records: pd.DataFrame, ledger: Ledger) -> None:
+    """Refuse to make a table of nothing.
+
+    Raises:
+        EvaluationError: the model has answered about no sample.
+    """
+    if len(records) == 0:
+        raise EvaluationError("; ".join(part.detail for part in ledger.unfinished))
+
+
+def _probed(ledger: Ledger, samples: Samples, threat: Threat, fallen: set[int], seed: int) -> list[Flag]:
+    """Compare attacks with each other; without that a row is doubtful, but it is not lost."""
+    ledger.runner.begin()
+    try:
+        return ledger.runner.probe(samples, threat, fallen, seed)
+    except Exception as error:
+        late = isinstance(error, TimeLimitError)
+        detail = str(error) if late else f"{type(error).__name__}: {error}"
+        told = "" if late else "".join(traceback.format_exception(error))
+        reason, name = TIME_LIMIT if late else ERROR, "probe"
+        part = Unfinished(threat.name, threat.size, name, name, len(samples), reason, detail, told)
+        ledger.leave(f"{name} {threat.name} {threat.size}", -1, part)
+        return []
 
 
 def _fallen(records: pd.DataFrame, threat: Threat) -> set[int]:
@@ -241,7 +274,7 @@ def _report(
     report = Report(
         records,
         plan.names,
-        [*notes, *([broken] if broken else [])],
+        [*notes, *([broken] if broken else []), *_left(ledger)],
         found.violations,
         found.findings,
         [*plan.not_applicable, *refused],
@@ -249,17 +282,26 @@ def _report(
     return _delivered(report, ledger)
 
 
+def _left(ledger: Ledger) -> list[Flag]:
+    parts = ((part, unfinished(part)) for part in ledger.unfinished)
+    return [replace(flag, threat=part.threat or "", eps=part.eps) for part, flag in parts if flag]
+
+
 def _delivered(report: Report, ledger: Ledger) -> Report:
-    """Return the report with what was damaged in the store, and say what could not be written.
+    """Return the report with what happened on the way, and say what failed, and what could not be written.
 
     Raises:
-        UnsavedError: something could not.
+        EvaluationError: a method failed.
+        UnsavedError: something could not be written.
     """
     damaged = [] if ledger.store is None else list(ledger.store.warnings)
-    report = replace(report, warnings=damaged, unsaved=ledger.unsaved)
-    if ledger.unsaved:
-        lost = "; ".join(ledger.unsaved)
-        raise UnsavedError(
-            f"the evaluation is complete, but {len(ledger.unsaved)} parts could not be kept: {lost}", report
-        )
+    left, remarks = ledger.unfinished, list(ledger.remarks.values())
+    report = replace(report, warnings=damaged, unsaved=ledger.unsaved, unfinished=left, remarks=remarks)
+    lost = f"{len(report.unsaved)} parts could not be kept: {'; '.join(report.unsaved)}" if report.unsaved else ""
+    failed = [part.detail for part in left if part.reason == ERROR]
+    if failed:
+        rest = f", but {lost}" if lost else "; run again to compute what is missing"
+        raise EvaluationError(f"{'; '.join(failed)}; the rest is complete{rest}", report)
+    if lost:
+        raise UnsavedError(f"the evaluation is complete, but {lost}", report)
     return report

@@ -1,24 +1,33 @@
-"""The ledger: takes from the store the rows it holds, has the rest computed, and adds it to the store."""
+"""The ledger: takes from the store the rows it holds, has the rest computed, and adds it to the store.
+
+A method that fails, or is cut off, costs the samples of its batch their rows, and nothing else: they are left open and
+named (`unfinished.py`), and the next run computes them. A batch that does not fit in memory is halved.
+"""
 
 from __future__ import annotations
 
+import logging
+import traceback
+
 import pyarrow as pa
-from numpy import arange, array, diff, flatnonzero, int64, split
+from numpy import append, arange, array, diff, flatnonzero, int64, searchsorted
 
 from robustbench_lite.core.errors import NotApplicableError
+from robustbench_lite.evaluation.budget import Budget, Purse
 from robustbench_lite.evaluation.cells import Cell, batch_of, block_of, sample_keys
 from robustbench_lite.evaluation.examples import Examples
-from robustbench_lite.evaluation.methods import Method
+from robustbench_lite.evaluation.methods import Outcome
 from robustbench_lite.evaluation.plan import Task
 from robustbench_lite.evaluation.records import empty_records
+from robustbench_lite.evaluation.runner import Runner, TimeLimitError
 from robustbench_lite.evaluation.samples import Samples
+from robustbench_lite.evaluation.scarcity import ran_out, release
 from robustbench_lite.evaluation.store import Store
+from robustbench_lite.evaluation.unfinished import BUDGET, ERROR, TIME_LIMIT, Unfinished, joined
 
-__all__ = ["EvaluationError", "Ledger"]
+__all__ = ["Ledger"]
 
-
-class EvaluationError(RuntimeError):
-    """A method failed on a block; what was finished before is kept."""
+_LOG = logging.getLogger(__name__)
 
 
 class Ledger:
@@ -28,102 +37,166 @@ class Ledger:
         store: where rows are kept; None: nowhere.
         device: where they are computed; it is recorded.
         batch_size: samples in one call of a method, at most; the cuts are at fixed indices (`cells.batch_of`).
+        runner: runs methods.
+        purse: what may be spent; None: anything.
 
     Attributes:
         unsaved: what could not be written, with the system's reason.
         wrote: whether anything had to be computed and written.
         refused: why a method does not apply to the model, by the key of its cell; it is asked once, and has no rows.
+        remarks: what was done otherwise than asked, in words: batches that did not fit in memory.
     """
 
-    def __init__(self, store: Store | None, device: str, batch_size: int) -> None:
+    def __init__(
+        self, store: Store | None, device: str, batch_size: int, runner: Runner, purse: Purse | None = None
+    ) -> None:
         self.store, self.device, self.batch_size = store, device, batch_size
+        self.runner, self.purse = runner, purse or Purse(Budget())
         self.unsaved: list[str] = []
         self.refused: dict[str, str] = {}
+        self.remarks: dict[str, str] = {}
         self.wrote = False
-        self._fresh: dict[str, list[Examples]] = {}  # examples computed for the block at hand
+        self._fits: dict[str, int] = {}  # samples that fit in memory, by cell, once they did not
+        self._open: dict[tuple[str, int], list[Unfinished]] = {}
+        self._fresh: dict[tuple[str, int], list[Examples]] = {}  # examples computed for the blocks at hand
+        self._held: dict[tuple[str, int], list[pa.Table]] = {}  # rows of the blocks at hand that no file holds
 
-    def fetch(self, task: Task, part: Samples, run: Method | None = None) -> pa.Table:
-        """Return one row for each sample of a part of one block, in its order; none of a method that does not apply.
+    @property
+    def unfinished(self) -> list[Unfinished]:
+        """What was left open, one entry for each cell and reason."""
+        found: dict[tuple[str, str], Unfinished] = {}
+        for (key, _), parts in self._open.items():
+            for part in parts if key not in self.refused else ():
+                found[key, part.reason] = joined(found.get((key, part.reason)), part)
+        return list(found.values())
+
+    def fetch(self, task: Task, part: Samples, clean: pa.Table | None = None) -> pa.Table:
+        """Return one row for each sample of a part of one block, in its order, but for those that are left open.
+
+        There is none of a method that does not apply to the model.
 
         Args:
             task: the cell, and how to compute its rows.
             part: samples whose indices lie in one block.
-            run: computes them in place of the task's own method.
+            clean: clean rows, by which an attack spares itself samples that are wrong from the start.
 
         Raises:
             StoreError: rows must be computed, and the store cannot be written.
-            EvaluationError: the method failed.
         """
         if len(part) == 0 or task.cell.key in self.refused:
             return empty_records()
-        block = int(block_of(part.indices)[0])
+        key, block = task.cell.key, int(block_of(part.indices)[0])
+        self._open.pop((key, block), None)
         stored = empty_records() if self.store is None else self.store.rows(task.cell, block)
+        stored = pa.concat_tables([stored, *self._held.get((key, block), [])])
         known = set(sample_keys(stored))
-        missing = array([place for place, key in enumerate(_keys(part)) if key not in known], dtype=int64)
+        missing = array([place for place, name in enumerate(_keys(part)) if name not in known], dtype=int64)
         if len(missing):
+            self.purse.learn(key, stored)
             try:
-                fresh = self._compute(task, part.take(missing), block, run or task.run)
+                stored = pa.concat_tables([stored, *self._compute(task, part.take(missing), block, clean)])
             except NotApplicableError as error:
-                self.refused[task.cell.key] = str(error)
+                self.refused[key] = str(error)
                 return empty_records()
-            stored = pa.concat_tables([stored, fresh])
-        places = {key: place for place, key in enumerate(sample_keys(stored))}
-        return stored.take([places[key] for key in _keys(part)])
+        places = {name: place for place, name in enumerate(sample_keys(stored))}
+        return stored.take(pa.array([places[name] for name in _keys(part) if name in places], type=pa.int64()))
 
     def example(self, cell: Cell, sample: tuple[int, str, int]) -> Examples | None:
-        """Return the adversarial example of one (index, hash, label) of the block at hand; None where there is none."""
+        """Return the adversarial example of one (index, hash, label) of a block at hand; None where there is none."""
         index = sample[0]
         block = int(block_of(array([index]))[0])
         stored = [] if self.store is None else self.store.examples(cell, block, sample)
-        for examples in [*self._fresh.get(cell.key, []), *stored]:
+        for examples in [*self._fresh.get((cell.key, block), []), *stored]:
             found = (examples.index == index).nonzero()[0]
             if len(found):
                 return examples.take(found[:1])
         return None
 
-    def forget(self) -> None:
-        """Drop the examples of a block that is finished."""
-        self._fresh.clear()
+    def forget(self, block: int) -> None:
+        """Drop what is held of a block that is finished."""
+        self._fresh = {place: held for place, held in self._fresh.items() if place[1] != block}
+        self._held = {place: held for place, held in self._held.items() if place[1] != block}
 
-    def _compute(self, task: Task, part: Samples, block: int, run: Method) -> pa.Table:
+    def leave(self, key: str, block: int, part: Unfinished) -> None:
+        """Note what is left open."""
+        self._open.setdefault((key, block), []).append(part)
+        if part.reason != BUDGET:
+            _LOG.warning("%s", part)
+
+    def _compute(self, task: Task, part: Samples, block: int, clean: pa.Table | None) -> list[pa.Table]:
+        """Compute batch after batch, and keep what was computed, however it ends."""
         if self.store is not None and not self.wrote:
             self.store.require_writable()
             self.wrote = True
-        tables, examples = [], []
-        cuts = flatnonzero(diff(batch_of(part.indices, self.batch_size))) + 1
-        for rows_of_batch in split(arange(len(part)), cuts):
-            table, found = _guarded(task, part.take(rows_of_batch), block, run)
-            tables.append(table)
-            examples += [] if found is None else [found]
-        rows, kept = pa.concat_tables(tables), Examples.join(examples)
-        if kept is not None:
-            self._fresh.setdefault(task.cell.key, []).append(kept)
-        self._keep(task.cell, block, rows, kept)
-        return rows
-
-    def _keep(self, cell: Cell, block: int, rows: pa.Table, examples: Examples | None) -> None:
-        """Write the rows. A full disk costs this cell its file, and nothing else: the evaluation goes on."""
-        if self.store is None:
-            return
+        self.runner.begin()
+        found: list[Outcome] = []
+        start, ends = 0, append(flatnonzero(diff(batch_of(part.indices, self.batch_size))) + 1, len(part))
         try:
-            self.store.write(cell, block, rows, examples, self.device)
+            while start < len(part):
+                size = self._size(task.cell, int(ends[searchsorted(ends, start, side="right")]) - start)
+                batch = part.take(arange(start, start + size, dtype=int64))
+                if size == 0:
+                    self._leave(task.cell, block, len(part) - start, BUDGET, str(self.purse))
+                    break
+                try:
+                    found.append(self.runner.rows(task, batch, clean))
+                    self.purse.pay(task.cell.key, found[-1][0])
+                    start += size
+                    continue
+                except TimeLimitError as error:
+                    self._leave(task.cell, block, len(part) - start, TIME_LIMIT, str(error))
+                    break
+                except Exception as error:
+                    start += self._failed(task.cell, block, batch, error)
+                release()  # now that the error is gone, which holds the frames of the attempt
+        finally:
+            tables = [table for table, _ in found]
+            self._keep(task.cell, block, tables, Examples.join([kept for _, kept in found if kept is not None]))
+        return tables
+
+    def _size(self, cell: Cell, most: int) -> int:
+        """Return the samples of the next batch; clean answers are given whatever the budget."""
+        size = min(most, self._fits.get(cell.key, self.batch_size))
+        return size if cell.kind == "clean" else self.purse.affords(cell.key, size)
+
+    def _failed(self, cell: Cell, block: int, batch: Samples, error: Exception) -> int:
+        """Return how many samples are done with after an error: none where a smaller batch may fit in memory.
+
+        Raises:
+            NotApplicableError: the method does not apply to the model.
+        """
+        short = ran_out(error)
+        if short and len(batch) > 1:
+            self._fits[cell.key] = size = (len(batch) + 1) // 2
+            self.remarks[cell.key] = f"{cell.method}: {size} samples at a time, more did not fit in memory"
+            return 0
+        if not short and isinstance(error, NotApplicableError):
+            raise error
+        named = f"{'out of memory with one sample: ' if short else ''}{type(error).__name__}: {error}"
+        where = f"block {block} (samples {batch.indices[0]} .. {batch.indices[-1]} of {cell.dataset})"
+        text = f"{cell.defense}: {cell.method} failed on {where}: {named}"
+        self._leave(cell, block, len(batch), ERROR, text, "".join(traceback.format_exception(error)))
+        return len(batch)
+
+    def _leave(self, cell: Cell, block: int, samples: int, reason: str, detail: str, told: str = "") -> None:
+        part = Unfinished(cell.threat, cell.eps, cell.kind, cell.method, samples, reason, detail, told)
+        self.leave(cell.key, block, part)
+
+    def _keep(self, cell: Cell, block: int, tables: list[pa.Table], examples: Examples | None) -> None:
+        """Write the rows. A full disk costs this cell its file, and nothing else: the evaluation goes on."""
+        if not tables:
+            return
+        rows = pa.concat_tables(tables)
+        if examples is not None:
+            self._fresh.setdefault((cell.key, block), []).append(examples)
+        try:
+            if self.store is not None:
+                self.store.write(cell, block, rows, examples, self.device)
+                return
         except OSError as error:
             self.unsaved.append(f"{cell.method} ({cell.threat or 'clean'}), block {block}: {error}")
+        self._held.setdefault((cell.key, block), []).append(rows)
 
 
 def _keys(part: Samples) -> list[tuple[int, str, int]]:
     return list(zip(part.indices.tolist(), part.hashes, part.targets.tolist(), strict=True))
-
-
-def _guarded(task: Task, batch: Samples, block: int, run: Method) -> tuple[pa.Table, Examples | None]:
-    """Run a method; name what failed where. That a method does not apply to a model is no failure."""
-    try:
-        return run(task.cell, batch)
-    except Exception as error:
-        cell = task.cell
-        if isinstance(error, NotApplicableError):
-            raise
-        raise EvaluationError(
-            f"{cell.defense}: {cell.method} failed on block {block} (samples {batch.indices[0]} .. {batch.indices[-1]} "
-            f"of {cell.dataset}): {type(error).__name__}: {error}; finished blocks are kept"
-        ) from error

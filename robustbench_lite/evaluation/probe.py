@@ -27,6 +27,7 @@ from robustbench_lite.evaluation import flags as judge
 from robustbench_lite.evaluation.first_look import margin_gradients
 from robustbench_lite.evaluation.flags import PROBED, Flag
 from robustbench_lite.evaluation.samples import Samples
+from robustbench_lite.evaluation.scarcity import in_chunks
 from robustbench_lite.evaluation.subject import Subject
 
 if TYPE_CHECKING:
@@ -74,16 +75,21 @@ class _Trials:
 
     def falls(self, attack: Attack, eps: float | None = None) -> Tensor:
         """Return which samples (B,) fall, on the CPU; at another budget if one is given."""
-        result = attack(
-            self.subject.model,
-            self.subject.images(self.part.x),
-            Untargeted(self.part.y.to(self.subject.device)),
-            self.threat if eps is None else replace(self.threat, eps=eps),
-            view=self.subject.view,
-            indices=self.names,
-            generator=torch.Generator().manual_seed(self.seed),
-        )
-        return result.success.cpu()
+        threat = self.threat if eps is None else replace(self.threat, eps=eps)
+
+        def ask(rows: slice) -> Tensor:
+            result = attack(
+                self.subject.model,
+                self.subject.images(self.part.x[rows]),
+                Untargeted(self.part.y[rows].to(self.subject.device)),
+                threat,
+                view=self.subject.view,
+                indices=self.names[rows],
+                generator=torch.Generator().manual_seed(self.seed),
+            )
+            return result.success.cpu()
+
+        return in_chunks(ask, len(self.part))
 
     @property
     def whole_range(self) -> float:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import pandas as pd
 
 from robustbench_lite.evaluation.audit import Contradiction
 from robustbench_lite.evaluation.flags import Flag
+from robustbench_lite.evaluation.records import KINDS
 from robustbench_lite.evaluation.summary import VERDICTS, summarize
+from robustbench_lite.evaluation.unfinished import Unfinished
 
 __all__ = ["NotApplicable", "Report"]
 
@@ -45,6 +48,8 @@ class Report:
         not_applicable: methods that do not support a threat, certifiers that cannot bound the model; with the reason.
         warnings: what was damaged in the store, and computed again.
         unsaved: cells that could not be written, with the system's reason.
+        unfinished: methods without rows about some samples: cut off, not run, failed. Each raises a flag.
+        remarks: what was done otherwise than asked, in words: batches that did not fit in memory.
     """
 
     records: pd.DataFrame
@@ -55,6 +60,8 @@ class Report:
     not_applicable: list[NotApplicable] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     unsaved: list[str] = field(default_factory=list)
+    unfinished: list[Unfinished] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def flags(self) -> list[Flag]:
@@ -68,11 +75,36 @@ class Report:
         return next(verdict for verdict in VERDICTS if verdict in found)
 
     def summary(self) -> pd.DataFrame:
-        """Return the table: one row for each threat; a method that is not applicable has a column of NaN."""
+        """Return the table: one row for each threat.
+
+        A method that is not applicable, or has not run, has a column of NaN. The column `unfinished` names the methods
+        that were cut off, not run or failed; a sample that such an attack has not seen makes a row `incomplete`.
+        """
         first = self.records.iloc[0]
         kept = {(str(first["fingerprint"]), str(first["dataset"])): [asdict(note) for note in self.notes]}
         table = summarize(self.records, kept, self.threats)
-        missing = dict.fromkeys(n.method for n in self.not_applicable if n.method not in table.columns)
+        methods = [part.method for part in self.not_applicable]
+        methods += [part.method for part in self.unfinished if part.kind in KINDS]
+        missing = dict.fromkeys(method for method in methods if method not in table.columns)
         for column in [name + end for name in missing for end in ("", "_low", "_high")]:
             table.insert(list(table.columns).index("verdict"), column, float("nan"))
+        left = [self._open(row) for _, row in table.iterrows()]
+        table.insert(list(table.columns).index("verdict"), "unfinished", left)
+        table["incomplete"] = [self._incomplete(row) for _, row in table.iterrows()]
         return table
+
+    def _of(self, row: pd.Series[Any]) -> list[Unfinished]:
+        return [part for part in self.unfinished if part.threat is None or part.names == (row["threat"], row["eps"])]
+
+    def _open(self, row: pd.Series[Any]) -> str:
+        return "; ".join(dict.fromkeys(f"{part.method}: {part.words}" for part in self._of(row)))
+
+    def _incomplete(self, row: pd.Series[Any]) -> int:
+        """Return how many samples stand unproven that some attack has not seen, one without any row included."""
+        ran = self.records[(self.records["threat"] == row["threat"]) & (self.records["eps"] == row["eps"])]
+        never = {part.method for part in self._of(row) if part.kind == "attack"} - set(ran["method"])
+        if not never:
+            return int(row["incomplete"])
+        standing = row["clean"] if pd.isna(row["worst_case"]) else row["worst_case"]
+        proven = 0.0 if pd.isna(row["certified"]) else row["certified"]
+        return round(float(standing - proven) * int(row["n"]))

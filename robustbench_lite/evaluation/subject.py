@@ -22,6 +22,7 @@ from robustbench_lite.core.models import INVALID, Model, frozen, is_stochastic, 
 from robustbench_lite.evaluation.fingerprint import fingerprint
 from robustbench_lite.evaluation.records import TIE
 from robustbench_lite.evaluation.samples import Samples
+from robustbench_lite.evaluation.scarcity import ran_out
 
 __all__ = ["EOT_SAMPLES", "Subject"]
 
@@ -124,7 +125,9 @@ class Subject:
             try:
                 with frozen(self._double):
                     logits = self._double(x.double())
-            except _NO_FLOAT64:
+            except _NO_FLOAT64 as error:
+                if ran_out(error):
+                    raise
                 logits = None
         if logits is None or logits.dtype != torch.float64 or logits.shape[0] != len(x):
             return torch.where(lead.abs() < TIE, 0.0, lead)

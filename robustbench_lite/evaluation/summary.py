@@ -30,10 +30,10 @@ import pandas as pd
 
 from robustbench_lite.evaluation.audit import SAMPLE, audit
 from robustbench_lite.evaluation.flags import non_finite
-from robustbench_lite.evaluation.lines import Flags, Line, Mask, Names, Seen, Summary, titled, to_summary
+from robustbench_lite.evaluation.lines import Flags, Line, Mask, Names, Outcomes, Seen, titled, to_summary
 from robustbench_lite.evaluation.records import SUBMITTED
 
-__all__ = ["VERDICTS", "lines_of", "summarize", "summary_of"]
+__all__ = ["VERDICTS", "lines_of", "outcomes_of", "summarize"]
 
 VERDICTS = ("invalid", "doubtful", "reliable")  # the worst first
 
@@ -54,21 +54,19 @@ def summarize(
     Raises:
         ValueError: one index of a model's data stands for two samples.
     """
-    return summary_of(records, flags, threats).table
-
-
-def summary_of(
-    records: pd.DataFrame, flags: Flags | None = None, threats: Iterable[tuple[str, float | None]] = ()
-) -> Summary:
-    """Return the table of these records, and the outcomes behind its rows; see `summarize`."""
     _check_one_version(records)
     invalid = {group for violation in audit(records).violations for group in violation.groups}
-    return to_summary(lines_of(records, threats), flags or {}, invalid)
+    return to_summary(lines_of(records, threats), flags or {}, invalid).table
 
 
 def lines_of(records: pd.DataFrame, threats: Iterable[tuple[str, float | None]] = ()) -> Iterator[Line]:
     """Yield the line of each model and threat."""
     return (_line(*group) for group in _groups(records, list(threats)))
+
+
+def outcomes_of(records: pd.DataFrame, threats: Iterable[tuple[str, float | None]] = ()) -> list[Outcomes | None]:
+    """Return the outcomes behind the rows of the table of these records, in their order."""
+    return [line.outcomes for line in lines_of(records, threats)]
 
 
 def _check_one_version(records: pd.DataFrame) -> None:

@@ -13,7 +13,7 @@ import pandas as pd
 from safetensors.numpy import save
 
 from robustbench_lite.evaluation.audit import Audit, Contradiction, audit
-from robustbench_lite.evaluation.cells import Cell
+from robustbench_lite.evaluation.cells import Cell, block_of
 from robustbench_lite.evaluation.files import put
 from robustbench_lite.evaluation.ledger import Ledger
 from robustbench_lite.evaluation.samples import Samples
@@ -37,7 +37,7 @@ class Witnesses:
             found = [dataclasses.replace(v, example=self._example(v, part, cells)) for v in violations]
             path = self._write(found, part)
             self._found |= {v.evidence: dataclasses.replace(v, witness=path) for v in found}
-        self._ledger.forget()
+        self._ledger.forget(int(block_of(part.indices)[0]))
 
     def attach(self, whole: Audit) -> Audit:
         """Return the audit of all records with the witnesses that were kept."""

@@ -6,7 +6,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import pandas as pd
+
+from robustbench_lite.evaluation.compare import compare
+from robustbench_lite.evaluation.lines import Outcomes, Summary
+from robustbench_lite.evaluation.summary import outcomes_of
 
 if TYPE_CHECKING:
     from robustbench_lite.evaluation.report import Report
@@ -17,9 +22,10 @@ NOT_APPLICABLE = "n/a"
 TEXT_COLUMNS = ("defense", "verdict", "flags")
 _GROUP = ["dataset", "threat", "eps", "n"]
 _BEFORE = ("dataset", "defense", "fingerprint", "threat", "eps", "seed", "precision", "n", "mode", "clean")
-_AFTER = ("certified", "certified_probabilistic", "gap", "spared", "timeouts", "incomplete", "verdict", "flags")
+_FIGURES = ("certified", "certified_probabilistic", "gap", "spared", "timeouts", "incomplete")
+_AFTER = (*_FIGURES, "unfinished", "verdict", "flags")
 _SUMS = ("clean", "worst_case", "certified")
-_HEADERS = {"worst_case": "robust", "certified_probabilistic": "certified (prob.)"}
+_HEADERS = {"worst_case": "robust", "certified_probabilistic": "certified (prob.)", "p_above": "p vs above"}
 _OPTIONAL = (
     "certified_probabilistic",
     "spared",
@@ -56,7 +62,7 @@ class Sheet:
     frame: pd.DataFrame
 
 
-def table_of(report: Report) -> pd.DataFrame:
+def table_of(report: Report) -> Summary:
     """Return the summary of a report, its methods that are not applicable standing among those of their kind."""
     table = report.summary()
     names = list(table.columns)
@@ -65,37 +71,55 @@ def table_of(report: Report) -> pd.DataFrame:
         names = [name for name in names if name not in columns]
         place = names.index("worst_case" if kind == "attack" else "certified")
         names[place:place] = columns
-    return table[names]
+    return Summary(table[names], outcomes_of(report.records, report.threats))
 
 
-def rank(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of a summary with a column `rank`, best first.
+def rank(summary: Summary) -> pd.DataFrame:
+    """Return the rows of a summary with columns `rank` and `p_above`, best first.
 
-    The rank is 1 + the number of rows with a higher worst-case accuracy, so equals share one. A row that is invalid,
-    incomplete or was not attacked has none (NaN) and comes last.
+    The rank is 1 + the number of rows that are significantly better, by McNemar's exact test on the samples that both
+    have, corrected for all pairs (`evaluation/compare.py`): what cannot be told apart shares a rank. `p_above` is the
+    corrected p-value against the row above. A row that is invalid, incomplete or was not attacked has none (NaN) and
+    comes last.
     """
-    counted = summary["worst_case"].where((summary["verdict"] != "invalid") & (summary["incomplete"] == 0))
-    ranked = summary.assign(rank=counted.rank(ascending=False, method="min"))
-    ordered = ranked.sort_values(["rank", "clean", "defense"], ascending=[True, False, True], kind="stable")
-    return ordered[["rank", *summary.columns]].reset_index(drop=True)
+    table, outcomes = summary.table, summary.outcomes
+    sound = (table["verdict"] != "invalid") & (table["incomplete"] == 0) & table["worst_case"].notna()
+    rows = [row for row, counts in enumerate(sound) if counts and outcomes[row] is not None]
+    found = compare([own for row in rows if (own := outcomes[row]) is not None])
+    ranks, above = np.full(len(table), np.nan), np.full(len(table), np.nan)
+    ranks[rows] = 1 + found.better.sum(axis=0)
+    ranked = table.assign(rank=ranks, p_above=above, _row=np.arange(len(table)))
+    by = {"rank": True, "worst_case": False, "clean": False, "defense": True}
+    ordered = ranked.sort_values(list(by), ascending=list(by.values()), kind="stable").reset_index(drop=True)
+    place = {row: i for i, row in enumerate(rows)}
+    order = [place.get(row) for row in ordered.pop("_row")]
+    ordered["p_above"] = [
+        np.nan if before is None or own is None else found.p[before, own]
+        for before, own in zip([None, *order], order, strict=False)
+    ]
+    return ordered[["rank", "p_above", *table.columns]]
 
 
-def sheets(summaries: Iterable[pd.DataFrame]) -> Iterator[Sheet]:
+def sheets(summaries: Iterable[Summary]) -> Iterator[Sheet]:
     """Yield one sheet for each data set, threat, eps and number of samples.
 
     Args:
-        summaries: results of `table_of`. A method that one of them names stays in the sheets of its rows, even where it
-            has no figure: n/a. One that is meant for another threat is left out.
+        summaries: results of `table_of` or `scan`. A method that one of them names stays in the sheets of its rows,
+            even where it has no figure: n/a. One that is meant for another threat is left out.
     """
-    groups: dict[tuple[Any, ...], list[pd.DataFrame]] = {}
+    groups: dict[tuple[Any, ...], list[tuple[pd.DataFrame, list[Outcomes | None]]]] = {}
     for summary in summaries:
-        for key, rows in summary.groupby(_GROUP, sort=False, dropna=False):
+        places = summary.table.reset_index(drop=True).groupby(_GROUP, sort=False, dropna=False).indices
+        for key, rows in places.items():
             names = tuple(None if pd.isna(part) else part for part in cast(tuple[Any, ...], key))
-            groups.setdefault(names, []).append(rows)
-    frames = {key: _stacked(parts) for key, parts in groups.items()}
+            part = (summary.table.iloc[rows], [summary.outcomes[row] for row in rows])
+            groups.setdefault(names, []).append(part)
+    frames = {key: _stacked([table for table, _ in parts]) for key, parts in groups.items()}
     told = {name for frame in frames.values() for name in frame.columns if frame[name].notna().any()}
     for (dataset, threat, eps, n), found in frames.items():
-        frame = rank(found.drop(columns=[name for name in told & set(_methods(found)) if found[name].isna().all()]))
+        empty = [name for name in told & set(_methods(found)) if found[name].isna().all()]
+        outcomes = [own for _, few in groups[dataset, threat, eps, n] for own in few]
+        frame = rank(Summary(found.drop(columns=empty), outcomes))
         title, slug = _names(str(dataset), threat, eps, n)
         columns, named = _shown(frame), frame.assign(defense=_told_apart(frame))
         cells = [[_cell(row, column) for column in columns] for _, row in named.iterrows()]
@@ -154,9 +178,16 @@ def _shown(frame: pd.DataFrame) -> list[str]:
     worst, end = measured.index("worst_case"), measured.index("certified")
     attacks, certifiers = measured[1:worst], measured[worst + 1 : end]
     certifiers = certifiers if len(certifiers) > 1 else []  # one alone is the column "certified"
-    after = [name for name in _AFTER if name not in _OPTIONAL or _says_something(frame[name])]
-    first = ["rank", "defense"] if len(frame) > 1 else ["defense"]
+    shown = (name for name in _AFTER if name != "unfinished")  # that stands where the figure would
+    after = [name for name in shown if name not in _OPTIONAL or _says_something(frame[name])]
+    first = ["rank", "p_above", "defense"] if len(frame) > 1 else ["defense"]
     return [*first, "clean", *attacks, "worst_case", *certifiers, *after]
+
+
+def _reasons(row: pd.Series[Any]) -> dict[str, str]:
+    """Return why methods have no figure: "METHOD: not run: budget; METHOD: open: error" by method."""
+    parts = [part.rsplit(": ", 2) for part in str(row["unfinished"]).split("; ") if part.count(": ") > 1]
+    return {method: f"{how}: {why}" for method, how, why in parts}
 
 
 def _says_something(column: pd.Series[Any]) -> bool:
@@ -166,9 +197,11 @@ def _says_something(column: pd.Series[Any]) -> bool:
 def _cell(row: pd.Series[Any], column: str) -> Cell:
     value = row[column]
     if pd.isna(value):
-        return Cell("-" if column == "rank" else NOT_APPLICABLE)
+        return Cell("-" if column == "rank" else _reasons(row).get(column, NOT_APPLICABLE))
     if column in ("rank", "timeouts", "incomplete"):
         return Cell(f"{int(value)}")
+    if column == "p_above":
+        return Cell("<0.001" if value < 0.001 else f"{value:.3f}")
     if isinstance(value, str):
         return Cell(value)
     if column in ("gap", "spared"):
