@@ -48,6 +48,7 @@ from robustbench_lite.data import load_data
 from robustbench_lite.data.base import Dataset
 from robustbench_lite.defenses.base import Wrapper
 from robustbench_lite.evaluation import evaluate
+from robustbench_lite.evaluation.masks import Naive
 from robustbench_lite.evaluation.specs import title
 from robustbench_lite.zoo import load_defense
 from robustbench_lite.zoo.cards import names
@@ -101,16 +102,12 @@ CLAIMS = {  # the paper's attack, its budget scaled to the threat; other defense
 }
 
 
-class Unaware(nn.Module):
-    """A defense seen by one who does not know of it: its answers, and the gradient that it happens to have."""
+class Unaware(Naive):
+    """A defense seen by one who knows how it answers, and nothing of how it works."""
 
     def __init__(self, defense: nn.Module) -> None:
-        super().__init__()
-        self.defense = defense
+        super().__init__(defense)
         self.stochastic, self.rejects = is_stochastic(defense), rejects(defense)
-
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        return self.defense(x)
 
     def predict(self, x: Tensor) -> Tensor:
         """Return the deployed labels (B,)."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from robustbench_lite.evaluation.unfinished import Unfinished
 
 __all__ = [
+    "CONVERGENCE",
     "FLAGS",
     "PROBED",
     "Flag",
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 PROBED = "probed"  # id of the note that the probe was made; it raises nothing
+CONVERGENCE = ("steps_help", "restarts_help")  # about the attacks of an evaluation: stronger ones may settle them
 
 
 @dataclass(frozen=True)
@@ -158,57 +160,55 @@ def unstable_gradients(first: Tensor, second: Tensor) -> str | None:
 
 @_flag("gradients are masked at a distance: attack from many starts, by another loss, and without gradients")
 def single_step_beats_iterative(single: Tensor, iterative: Tensor) -> str | None:
-    """Raised if one step breaks samples (B,) that many steps do not: more than 3, and than 2 %."""
+    """Raised if one step breaks samples (B,) that many steps do not: more than 2, and than 2 %."""
     return _missed(single, iterative, "one step breaks {} of {} samples that many steps leave standing")
 
 
 @_flag("gradients are masked: trust the attack that needs none, with more queries; give the defense an attack_view")
 def blind_beats_gradients(blind: Tensor, gradients: Tensor, names: Tensor) -> str | None:
-    """Raised if Square breaks samples (B,) that no attack with gradients does: more than 3, and than 2 %.
+    """Raised if Square breaks samples (B,) that no attack with gradients does: more than 2, and than 2 %.
 
     Args:
         blind: which samples fell to the attack without gradients.
         gradients: which fell to any attack with gradients.
         names: the samples' indices in the data set.
     """
-    found = _missed(blind, gradients, "Square breaks {} of {} samples that gradients leave standing")
-    return None if found is None else f"{found}: {_listed(names[blind & ~gradients])}"
+    return _missed_by_gradients("Square", blind, gradients, names)
 
 
 @_flag("gradients are masked: attack without them, and give the defense an attack_view")
 def noise_beats_gradients(noise: Tensor, gradients: Tensor, names: Tensor) -> str | None:
-    """Raised if random noise breaks samples (B,) that no attack with gradients does: more than 3, and than 2 %.
+    """Raised if random noise breaks samples (B,) that no attack with gradients does: more than 2, and than 2 %.
 
     Args:
         noise: which samples fell to the noise.
         gradients: which fell to any attack with gradients.
         names: the samples' indices in the data set.
     """
-    found = _missed(noise, gradients, "random noise breaks {} of {} samples that gradients leave standing")
-    return None if found is None else f"{found}: {_listed(names[noise & ~gradients])}"
+    return _missed_by_gradients("random noise", noise, gradients, names)
 
 
 @_flag("a larger budget contains the smaller: the attacks at the larger one are too weak; more steps, more restarts")
 def not_monotone(smaller: Tensor, larger: Tensor) -> str | None:
-    """Raised if samples (B,) fall at half of eps, but not at eps: more than 3, and than 2 %."""
+    """Raised if samples (B,) fall at half of eps, but not at eps: more than 2, and than 2 %."""
     return _missed(smaller, larger, "{} of {} samples fall at half of eps, but not at eps")
 
 
 @_flag("a budget that allows every image must break every sample: gradients are masked")
 def out_of_reach(vast: Tensor) -> str | None:
-    """Raised if samples (B,) withstand a budget that allows every image: more than 3, and than 2 %."""
+    """Raised if samples (B,) withstand a budget that allows every image: more than 2, and than 2 %."""
     return _missed(~vast, vast, "{} of {} samples withstand a budget that allows every image")
 
 
 @_flag("the attacks have not converged: add steps until the figure no longer falls")
 def steps_help(reported: Tensor, longer: Tensor) -> str | None:
-    """Raised if PGD with 160 steps breaks samples (B,) that the evaluation left standing: more than 3, and than 2 %."""
+    """Raised if PGD with 160 steps breaks samples (B,) that the evaluation left standing: more than 2, and than 2 %."""
     return _missed(longer, reported, "160 steps break {} of {} samples that the evaluation left standing")
 
 
 @_flag("the attacks have not converged: add restarts until the figure no longer falls")
 def restarts_help(reported: Tensor, restarted: Tensor) -> str | None:
-    """Raised if PGD with 5 restarts breaks samples (B,) that the evaluation left standing: more than 3, and 2 %."""
+    """Raised if PGD with 5 restarts breaks samples (B,) that the evaluation left standing: more than 2, and 2 %."""
     return _missed(restarted, reported, "5 restarts break {} of {} samples that the evaluation left standing")
 
 
@@ -233,6 +233,11 @@ def unfinished(open_: Unfinished) -> str | None:
     return str(open_)
 
 
+def _missed_by_gradients(what: str, falls: Tensor, gradients: Tensor, names: Tensor) -> str | None:
+    found = _missed(falls, gradients, what + " breaks {} of {} samples that gradients leave standing")
+    return None if found is None else f"{found}: {_listed(names[falls & ~gradients])}"
+
+
 def _listed(names: Tensor) -> str:
     shown = ", ".join(str(name) for name in names[:20].tolist())
     return shown + (" ..." if len(names) > 20 else "")
@@ -241,4 +246,4 @@ def _listed(names: Tensor) -> str:
 def _missed(weak: Tensor, strong: Tensor, text: str) -> str | None:
     """Say how many samples fell to the weak attack alone, where it is more than chance would have it."""
     count, n = int((weak & ~strong).sum()), len(weak)
-    return text.format(count, n) if count > max(3, 0.02 * n) else None
+    return text.format(count, n) if count > max(2, 0.02 * n) else None

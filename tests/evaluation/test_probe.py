@@ -14,6 +14,7 @@ from robustbench_lite.core.spatial import RotationTranslation
 from robustbench_lite.core.threats import Lp
 from robustbench_lite.data import load_data
 from robustbench_lite.evaluation import Store, evaluate, summarize
+from robustbench_lite.evaluation.flags import PROBED
 from robustbench_lite.zoo import load_defense
 
 LINF = Lp("linf", 0.1)
@@ -66,6 +67,21 @@ def test_masks_are_seen(kind: str, expected: set[str]) -> None:
 def test_a_weak_suite_is_told_from_a_weak_defense() -> None:
     weak = ids(load_defense("digits/standard"), attacks=[PGD(steps=1, step_size=0.001)])
     assert {"steps_help", "restarts_help"} <= weak
+
+
+def test_stronger_attacks_settle_what_weak_ones_left_open(tmp_path: Path) -> None:
+    net, data = load_defense("digits/standard"), load_data("digits").head(40)
+    kept = [
+        evaluate(net, data, LINF, [attack], probed=True, store=tmp_path).summary()["verdict"].item()
+        for attack in (PGD(steps=1, step_size=0.001), STRONG)
+    ]
+    assert kept == ["doubtful", "reliable"]
+    (flags,) = Store(tmp_path).flags().values()
+    assert {flag["id"] for flag in flags} == {PROBED}
+    Store(tmp_path).put_flags("model", "digits", [{"id": "steps_help", "threat": "linf", "eps": 0.1}])
+    Store(tmp_path).put_flags("model", "digits", [{"id": PROBED, "threat": "linf", "eps": 0.2}])
+    other = next(flags for (model, _), flags in Store(tmp_path).flags().items() if model == "model")
+    assert {flag["id"] for flag in other} == {"steps_help", PROBED}  # a probe at another budget says nothing of it
 
 
 def test_other_norms_and_none(tmp_path: Path) -> None:

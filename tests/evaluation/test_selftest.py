@@ -29,7 +29,7 @@ def test_every_mask_is_flagged_and_falls(mask: str) -> None:
     found = selftest(load_defense("digits/standard"), load_data("digits").sample(30, seed=1), Lp("linf", 0.3), mask)
     assert found.passed
     assert EXPECTED[mask] <= set(found.flags)
-    assert found.clean > 0.4  # a resized image of 8 x 8 pixels is hard; 30 of them
+    assert found.clean > (0.4 if mask == "random resize" else 0.85)  # 7 of 8 pixels, one draw a batch: 0.57 to 0.8
     if mask in ("quantised", "temperature", "detached"):
         assert found.naive > found.adaptive + 0.5  # what an evaluation that does not adapt would have published
 
