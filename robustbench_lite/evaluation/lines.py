@@ -110,6 +110,11 @@ class Line:
         fallen = [seen.won for seen in self.of("attack").values()]
         return self.correct & ~_any(fallen, self.n)
 
+    @property
+    def outcomes(self) -> Outcomes | None:
+        """What became of each sample; None where nothing was attacked."""
+        return Outcomes(self.names, self.standing) if self.of("attack") else None
+
     def figures(self) -> dict[str, Any]:
         """Return the columns that are measured."""
         standing, attacks = self.standing, self.of("attack")
@@ -198,7 +203,7 @@ def to_summary(lines: Iterable[Line], flags: Flags, invalid: set[tuple[Any, ...]
         head = {"dataset": key["dataset"], "defense": line.defense, "fingerprint": key["fingerprint"]}
         head |= {name: key[name] for name in ("threat", "eps", "seed", "precision")}
         table.append(head | figures | {"verdict": verdict, "flags": ", ".join(dict.fromkeys(raised))})
-        outcomes.append(Outcomes(line.names, line.standing) if line.of("attack") else None)
+        outcomes.append(line.outcomes)
         attacks |= dict.fromkeys(line.of("attack"))
         certifiers |= dict.fromkeys(line.of("certifier"))
     return Summary(_ordered(pd.DataFrame(table), attacks, certifiers), outcomes)

@@ -25,14 +25,10 @@ _BEFORE = ("dataset", "defense", "fingerprint", "threat", "eps", "seed", "precis
 _FIGURES = ("certified", "certified_probabilistic", "gap", "spared", "timeouts", "incomplete")
 _AFTER = (*_FIGURES, "unfinished", "verdict", "flags")
 _SUMS = ("clean", "worst_case", "certified")
-_HEADERS = {"worst_case": "robust", "certified_probabilistic": "certified (prob.)", "p_above": "p vs above"}
-_OPTIONAL = (
-    "certified_probabilistic",
-    "spared",
-    "timeouts",
-    "incomplete",
-    "flags",
-)  # shown where there is something to show
+_HEADERS = {"worst_case": "robust", "certified_probabilistic": "certified (prob.)", "p_above": "p"}
+_OPTIONAL = (  # shown where there is something to show
+    "certified_probabilistic", "spared", "timeouts", "incomplete", "unfinished", "flags",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -186,7 +182,7 @@ def _shown(frame: pd.DataFrame) -> list[str]:
 
 def _reasons(row: pd.Series[Any]) -> dict[str, str]:
     """Return why methods have no figure: "METHOD: not run: budget; METHOD: open: error" by method."""
-    parts = [part.rsplit(": ", 2) for part in str(row["unfinished"]).split("; ") if part.count(": ") > 1]
+    parts = [part.rsplit(": ", 2) for part in str(row.get("unfinished", "")).split("; ") if part.count(": ") > 1]
     return {method: f"{how}: {why}" for method, how, why in parts}
 
 
@@ -197,7 +193,7 @@ def _says_something(column: pd.Series[Any]) -> bool:
 def _cell(row: pd.Series[Any], column: str) -> Cell:
     value = row[column]
     if pd.isna(value):
-        return Cell("-" if column == "rank" else _reasons(row).get(column, NOT_APPLICABLE))
+        return Cell("-" if column in ("rank", "p_above") else _reasons(row).get(column, NOT_APPLICABLE))
     if column in ("rank", "timeouts", "incomplete"):
         return Cell(f"{int(value)}")
     if column == "p_above":
