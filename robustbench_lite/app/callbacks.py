@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,28 +44,42 @@ class TableCallback(Callback):
 
 
 def _finish(folder: Path, store: Path) -> int:
-    failed, reports = [], []
+    failed, reports, shards = [], [], 0
     for ended, receipt in sweeps.outcomes(folder):
         report = receipts.report_of(receipt, store) if receipt else None
-        if report is None:
-            failed.append((ended.name, ended.error or "its rows are no longer in the store"))
-        else:
+        if report is not None:
             reports.append((receipt.defense if receipt else "", report))
+        elif ended.shard and not ended.error:
+            shards += 1
+        else:
+            failed.append(ended)
     found = list(sheets(table_of(report) for _, report in reports))
     for sheet in found:
         show_sheet(sheet)
     for defense, report in reports:
         show_not_applicable(report, defense)
     lost = not _written(found, store / "tables")
-    for name, error in failed:
-        print(f"failed: {name}: {error}", file=sys.stderr)
     if failed:
-        places = " and ".join(place.as_posix() for place in sweeps.places(folder))
-        print(f"tracebacks are in {places}; run the command again to compute what is missing", file=sys.stderr)
+        _say_failed(failed, folder)
     else:
         sweeps.forget(folder)
+    if shards and not reports and not failed:
+        print(f"{shards} shards are in the store; without shard=... the command shows the whole", file=sys.stderr)
     invalid = any(report.verdict == "invalid" for _, report in reports)
     return int(bool(failed) or invalid or lost)
+
+
+def _say_failed(failed: list[sweeps.Ended], folder: Path) -> None:
+    """Name the jobs that failed, and show each traceback once: a hundred shards may fail for one reason."""
+    alike: dict[str, list[sweeps.Ended]] = {}
+    for ended in failed:
+        alike.setdefault(re.sub(r"\d+", "", ended.traceback), []).append(ended)  # but for the numbers of samples
+    for group in alike.values():
+        print(group[0].traceback.rstrip(), file=sys.stderr)
+        for ended in group:
+            print(f"failed: {ended.name}: {ended.error or 'its rows are no longer in the store'}", file=sys.stderr)
+    places = " and ".join(place.as_posix() for place in sweeps.places(folder))
+    print(f"{len(failed)} failed (kept in {places}); run the command again to compute what is missing", file=sys.stderr)
 
 
 def _written(found: list[Sheet], folder: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-__all__ = ["check_device", "require_device"]
+__all__ = ["check_device", "require_device", "use_own_gpu"]
 
 
 def check_device(device: Any) -> None:
@@ -35,3 +35,22 @@ def require_device(device: str) -> None:
     if int(number or 0) >= count:
         there = f"PyTorch finds {count} of this kind" if count else f"PyTorch finds no {kind} device on this machine"
         raise ValueError(f"device={device}: {there}; device=cpu runs anywhere, device=auto takes what there is")
+
+
+def use_own_gpu(device: str, number: int) -> None:
+    """Make one GPU of several on this machine the current one of the process, in turn by the number of its job.
+
+    Nothing changes where the device is named by number, and where the launcher has left one visible GPU to each job,
+    as Ray and Slurm do.
+
+    Args:
+        device: as configured; it exists.
+        number: of the job.
+    """
+    if device not in ("auto", "cuda"):
+        return
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count > 1:
+        torch.cuda.set_device(number % count)

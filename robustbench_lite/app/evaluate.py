@@ -36,7 +36,13 @@ def job(config: DictConfig) -> int:
     """
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return _sweep_job(config)
+    if config.shards != 1 and config.shard is None:
+        raise ValueError(
+            f"shards={config.shards} makes jobs of a sweep: add --multirun; one of them alone: shard=0, shard=1 ..."
+        )
     done = evaluate_job(config)
+    if config.shard is not None and not done.served:
+        return _say_shard(done, config)
     show_report(done.report)
     _say_where(done, config)
     return int(done.report.verdict == "invalid" or bool(done.problem))
@@ -45,21 +51,32 @@ def job(config: DictConfig) -> int:
 def _sweep_job(config: DictConfig) -> int:
     hydra = HydraConfig.get()
     num, folder, overrides = int(hydra.job.num), Path(hydra.sweep.dir), list(hydra.overrides.task)
-    start = time.perf_counter()
+    sweeps.begin(folder, num)
+    start, shard = time.perf_counter(), config.shard is not None
     try:
-        done = evaluate_job(config)
-        if done.receipt is None:
+        done = evaluate_job(config, num)
+        if done.problem if shard else done.receipt is None:
             raise RuntimeError(done.problem or "its rows cannot be read back from the store")
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a net that exits has failed like any other
         message = explain(error) or f"{type(error).__name__}: {error}"
-        sweeps.record(folder, sweeps.Ended(num, overrides, None, message, traceback.format_exc()))
+        sweeps.record(folder, sweeps.Ended(num, overrides, None, message, traceback.format_exc(), shard))
         print(f"  {' '.join(overrides)}: failed: {message}", file=sys.stderr, flush=True)
         return 1
-    sweeps.record(folder, sweeps.Ended(num, overrides, asdict(done.receipt)))
+    receipt = None if shard or done.receipt is None else asdict(done.receipt)
+    sweeps.record(folder, sweeps.Ended(num, overrides, receipt, shard=shard))
+    name = " ".join(overrides) if done.receipt is None else done.receipt.defense
     if done.problem or done.note:
-        print(f"  {done.receipt.defense}: {done.problem or done.note}", file=sys.stderr)
+        print(f"  {name}: {done.problem or done.note}", file=sys.stderr)
     how = "from the store" if done.served else f"{time.perf_counter() - start:.1f} s"
-    print(f"  {done.receipt.defense}: {how}", file=sys.stderr, flush=True)
+    print(f"  {name}: {how}", file=sys.stderr, flush=True)
+    return int(bool(done.problem))
+
+
+def _say_shard(done: Done, config: DictConfig) -> int:
+    rows = len(done.report.records)
+    console().print(f"shard {config.shard} of {config.shards}: {rows} rows kept in {config.store}", highlight=False)
+    if done.problem:
+        print(f"error: {done.problem}", file=sys.stderr)
     return int(bool(done.problem))
 
 

@@ -17,12 +17,15 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from robustbench_lite import zoo
+from robustbench_lite.app.errors import explain
+from robustbench_lite.app.launching import above_launchers
 from robustbench_lite.app.sweeps import folder_for
 
 __all__ = ["CONFIG_PATH", "register", "run"]
 
 CONFIG_PATH = "pkg://robustbench_lite.conf"
 _RANKED = ("evaluate", "leaderboard")  # their sweeps end in a table, made from what the jobs leave in a folder
+_DATA = "RBL_DATA"
 _WITH_VALUE = (
     "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
     "--experimental-rerun",
@@ -36,18 +39,23 @@ def run(job: Callable[[DictConfig], int], command: str, arguments: Sequence[str]
     What goes wrong is raised here, where Hydra would print it. In a sweep a job takes care of its own errors.
     """
     ends: list[int | Exception] = []
+    home, folder, data = os.getpid(), os.getcwd(), os.environ.get(_DATA)
 
-    def guarded(config: DictConfig) -> None:
+    def guarded(config: DictConfig) -> int | Exception:
+        if os.getpid() != home:
+            _come_to(folder, data)
         try:
-            ends.append(job(config))
-        except Exception as error:
-            ends.append(error)
+            ended: int | Exception = job(config)
+        except Exception as error:  # one of another process must survive being pickled
+            ended = error if os.getpid() == home else RuntimeError(explain(error) or f"{type(error).__name__}: {error}")
+        ends.append(ended)
+        return ended
 
     register()
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     aside = Path(tempfile.gettempdir()) / f"rbl-{command}-{name}"
     sweep = f"'${{sweep_folder:${{store}},{name}}}'" if command in _RANKED else aside.as_posix()
-    with _process_state(["rbl " + command, *_arranged(arguments, sweep)]):
+    with _process_state(["rbl " + command, *_arranged(arguments, sweep)]), above_launchers(ends):
         try:
             hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name=command)(guarded)()
         except SystemExit as end:
@@ -104,6 +112,15 @@ def _zoo_entries(data: str, which: str) -> str:
             "For a net of your own: rbl evaluate model._target_=..."
         )
     return ",".join(found)
+
+
+def _come_to(folder: str, data: str | None) -> None:
+    """Make the process of a launcher, perhaps on another machine, read and write where the command does."""
+    os.chdir(folder)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    if data is not None:
+        os.environ.setdefault(_DATA, data)
 
 
 @contextmanager

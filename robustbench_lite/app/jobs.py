@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from robustbench_lite import zoo
 from robustbench_lite.app import receipts
-from robustbench_lite.app.devices import check_device, require_device
+from robustbench_lite.app.devices import check_device, require_device, use_own_gpu
 from robustbench_lite.app.digests import (
     LIBRARIES,
     digest,
@@ -25,15 +25,16 @@ from robustbench_lite.app.digests import (
 )
 from robustbench_lite.app.unkept import is_read_only, unkept
 from robustbench_lite.evaluation.report import Report
+from robustbench_lite.evaluation.shards import check_shard, check_shards
 from robustbench_lite.zoo.cards import WEIGHTS, entry_folder
 
-__all__ = ["OWN", "Done", "evaluate_job", "key_of", "plain_config"]
+__all__ = ["OWN", "Done", "evaluate_job", "key_of", "plain_config", "served"]
 
 OWN = "own"  # model.weights of a net that loads them itself
 _SETTINGS = ("seed", "mode", "audit", "probed", "adaptive", "batch_size", "device", "max_queries", "precision")
 _PRECISIONS = ("auto", "float32", "float64")
 _IGNORED = ("attack", "attacks", "certifier", "certifiers")  # at the top level nobody would read them
-_NOT_KEYED = ("store", "device", "batch_size", "usual_eps", "experiment")  # the answer does not depend on them
+_NOT_KEYED = ("store", "device", "batch_size", "usual_eps", "experiment", "shards", "shard")  # nothing depends on them
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +56,12 @@ class Done:
     note: str = ""
 
 
-def evaluate_job(config: DictConfig) -> Done:
-    """Run one evaluation, or serve it from the store.
+def evaluate_job(config: DictConfig, number: int = 0) -> Done:
+    """Run one evaluation, or a shard of it, or serve it from the store.
+
+    Args:
+        config: of the job.
+        number: of the job in a sweep: of several GPUs on a machine, each takes its own.
 
     Raises:
         ValueError: neither a defense nor a model, or settings that make no sense.
@@ -64,13 +69,28 @@ def evaluate_job(config: DictConfig) -> Done:
     """
     plain = plain_config(config)
     _check(plain)
+    done = served(plain)
+    if done is not None:
+        return done
+    require_device(plain["device"])
+    use_own_gpu(plain["device"], number)
+    if plain["shard"] is None:
+        return _compute(plain, Path(plain["store"]) if plain["store"] else None)
+    report, problem = _evaluate(plain)
+    return Done(report, False, None, problem)
+
+
+def served(plain: Mapping[str, Any]) -> Done | None:
+    """Return the answer to a job that the store holds already; None where it does not.
+
+    Args:
+        plain: the resolved configuration.
+    """
     store = Path(plain["store"]) if plain["store"] else None
     key = key_of(plain) if store else None
-    if store and key and (receipt := receipts.find(store, key)) is not None:
-        report = receipts.report_of(receipt, store)
-        if report is not None:
-            return Done(report, True, receipt)
-    return _compute(plain, store, key)
+    receipt = receipts.find(store, key) if store and key else None
+    report = receipts.report_of(receipt, store) if store and receipt else None
+    return None if report is None else Done(report, True, receipt)
 
 
 def plain_config(config: DictConfig) -> dict[str, Any]:
@@ -184,6 +204,9 @@ def _check_settings(plain: Mapping[str, Any]) -> None:
     if plain["precision"] not in _PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(_PRECISIONS)}, got {plain['precision']!r}")
     check_device(plain["device"])
+    check_shards(plain["shards"])
+    if plain["shard"] is not None:
+        check_shard(plain["shard"], plain["shards"])
     for name in ("seed", "batch_size", "limit", "max_queries"):
         value = plain[name]
         if not (isinstance(value, int) or (value is None and name in ("limit", "max_queries"))):
@@ -207,12 +230,11 @@ def _check_subject(plain: Mapping[str, Any]) -> None:
         )
 
 
-def _compute(plain: dict[str, Any], store: Path | None, key: str | None) -> Done:
+def _evaluate(plain: dict[str, Any]) -> tuple[Report, str]:
+    """Return the report, and in words what of it could not be written."""
     from robustbench_lite.app import building  # torch, from here on
     from robustbench_lite.evaluation import UnsavedError, evaluate
 
-    require_device(plain["device"])
-    problem = ""
     try:
         report = evaluate(
             building.model(plain),
@@ -220,31 +242,25 @@ def _compute(plain: dict[str, Any], store: Path | None, key: str | None) -> Done
             building.threats(plain),
             building.methods(plain, "attacks"),
             building.methods(plain, "certifiers"),
-            store=store,
+            store=plain["store"] or None,
             name=building.row_name(plain),
             progress=sys.stderr.isatty(),
-            **{
-                name: plain[name]
-                for name in (
-                    "seed",
-                    "mode",
-                    "audit",
-                    "probed",
-                    "adaptive",
-                    "batch_size",
-                    "device",
-                    "max_queries",
-                    "precision",
-                )
-            },
+            shard=None if plain["shard"] is None else (plain["shard"], plain["shards"]),
+            **{name: plain[name] for name in _SETTINGS},
         )
     except UnsavedError as error:
-        report, problem = error.report, str(error)
+        return error.report, str(error)
+    return report, ""
+
+
+def _compute(plain: dict[str, Any], store: Path | None) -> Done:
+    key = key_of(plain) if store else None  # of the code and weights as they are now, not as they will be then
+    report, problem = _evaluate(plain)
     receipt = None if store is None or problem else receipts.receipt_of(report, plain, store)
     note = ""
     if store and receipt:
-        try:
-            receipts.keep(store, key or f"unserved-{digest(plain)}", receipt)  # one for rbl verify alone, without a key
+        try:  # one for rbl verify alone, without a key
+            receipts.keep(store, key or f"unserved-{digest(plain)}", receipt)
         except OSError as error:
             note = unkept("the receipt", error)
             if not is_read_only(error):

@@ -1,4 +1,4 @@
-"""How the jobs of a sweep ended. Each leaves a file in the sweep's folder, whatever machine it ran on."""
+"""How the jobs of a sweep ended. Each leaves files in the sweep's folder, whatever machine it ran on."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from typing import Any
 from robustbench_lite.app.receipts import Receipt
 from robustbench_lite.evaluation.files import put
 
-__all__ = ["Ended", "folder_for", "forget", "outcomes", "places", "record"]
+__all__ = ["Ended", "begin", "begun", "folder_for", "forget", "outcomes", "places", "record"]
 
-_PATTERN = "job-*.json"
+_PATTERN, _BEGUN = "job-*.json", "begun-"
 
 
 @dataclass(frozen=True)
 class Ended:
-    """The end of one job: its number, its overrides, and its receipt or its error."""
+    """The end of one job: its number, its overrides, and its receipt or its error; a shard has no receipt."""
 
     num: int
     overrides: list[str]
     receipt: dict[str, Any] | None = None
     error: str = ""
     traceback: str = field(default="", repr=False)
+    shard: bool = False
 
     @property
     def name(self) -> str:
@@ -51,13 +52,20 @@ def places(folder: Path) -> list[Path]:
     return [place for place in dict.fromkeys([folder, _elsewhere(folder)]) if any(place.glob(_PATTERN))]
 
 
+def begin(folder: Path, number: int) -> None:
+    """Leave word that a job has begun: one that is lost leaves nothing else."""
+    _put(folder, f"{_BEGUN}{number:05d}", b"")
+
+
+def begun(folder: Path) -> set[int]:
+    """Return the numbers of the jobs that have begun."""
+    found = (path for place in (folder, _elsewhere(folder)) for path in place.glob(f"{_BEGUN}*"))
+    return {int(path.name.removeprefix(_BEGUN)) for path in found}
+
+
 def record(folder: Path, ended: Ended) -> None:
     """Write the end of a job; among the system's temporary files if the store cannot be written any more."""
-    name, data = f"job-{ended.num:05d}.json", json.dumps(asdict(ended), indent=1).encode()
-    try:
-        put(folder / name, data)
-    except OSError:
-        put(_elsewhere(folder) / name, data)
+    _put(folder, f"job-{ended.num:05d}.json", json.dumps(asdict(ended), indent=1).encode())
 
 
 def outcomes(folder: Path) -> list[tuple[Ended, Receipt | None]]:
@@ -73,6 +81,13 @@ def forget(folder: Path) -> None:
         shutil.rmtree(place, ignore_errors=True)
     with suppress(OSError):  # others are in it
         folder.parent.rmdir()
+
+
+def _put(folder: Path, name: str, data: bytes) -> None:
+    try:
+        put(folder / name, data)
+    except OSError:
+        put(_elsewhere(folder) / name, data)
 
 
 def _elsewhere(folder: Path) -> Path:
