@@ -94,7 +94,12 @@ def register() -> None:
         }
         store.store(group=f"defense/{data}", name=entry, node=node, provider="zoo")
     OmegaConf.register_new_resolver("zoo_entries", _zoo_entries, replace=True)
-    OmegaConf.register_new_resolver("sweep_folder", cache(folder_for), replace=True)
+    OmegaConf.register_new_resolver("sweep_folder", _sweep_folder, replace=True)
+
+
+@cache  # one folder a sweep; a function of this module by its own name, since resolvers travel to the jobs
+def _sweep_folder(store: str | None, name: str) -> str:
+    return folder_for(store, name)
 
 
 def _zoo_entries(data: str, which: str) -> str:
