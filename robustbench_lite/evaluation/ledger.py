@@ -147,8 +147,10 @@ class Ledger:
                     self._leave(task.cell, block, len(part) - start, TIME_LIMIT, str(error))
                     break
                 except Exception as error:
-                    start += self._failed(task.cell, block, batch, error)
-                release()  # now that the error is gone, which holds the frames of the attempt
+                    short = ran_out(error)
+                    start += self._failed(task.cell, block, batch, len(part) - start, error)
+                if short:
+                    release()  # now that the error is gone, which holds the frames of the attempt
         finally:
             tables = [table for table, _ in found]
             self._keep(task.cell, block, tables, Examples.join([kept for _, kept in found if kept is not None]))
@@ -159,8 +161,10 @@ class Ledger:
         size = min(most, self._fits.get(cell.key, self.batch_size))
         return size if cell.kind == "clean" else self.purse.affords(cell.key, size)
 
-    def _failed(self, cell: Cell, block: int, batch: Samples, error: Exception) -> int:
-        """Return how many samples are done with after an error: none where a smaller batch may fit in memory.
+    def _failed(self, cell: Cell, block: int, batch: Samples, left: int, error: Exception) -> int:
+        """Return how many samples are done with after an error.
+
+        None where a smaller batch may fit in memory; all that are left where one sample does not.
 
         Raises:
             NotApplicableError: the method does not apply to the model.
@@ -173,10 +177,11 @@ class Ledger:
         if not short and isinstance(error, NotApplicableError):
             raise error
         named = f"{'out of memory with one sample: ' if short else ''}{type(error).__name__}: {error}"
+        done = left if short else len(batch)
         where = f"block {block} (samples {batch.indices[0]} .. {batch.indices[-1]} of {cell.dataset})"
         text = f"{cell.defense}: {cell.method} failed on {where}: {named}"
-        self._leave(cell, block, len(batch), ERROR, text, "".join(traceback.format_exception(error)))
-        return len(batch)
+        self._leave(cell, block, done, ERROR, text, "".join(traceback.format_exception(error)))
+        return done
 
     def _leave(self, cell: Cell, block: int, samples: int, reason: str, detail: str, told: str = "") -> None:
         part = Unfinished(cell.threat, cell.eps, cell.kind, cell.method, samples, reason, detail, told)
