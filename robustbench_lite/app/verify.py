@@ -98,7 +98,7 @@ class _AtHand:
 
 def _show(found: Verification, reasons: list[str]) -> None:
     screen = console()
-    for sheet in sheets([found.table]):
+    for sheet in sheets([found.summary]):
         show_sheet(sheet)
     _list("does not hold", "red", [f"{m.file}, sample {m.index}: {m.reason}" for m in found.mismatches])
     _list("invalid", "bold red", [f"{v.id}: {v.evidence}" for v in found.violations])
