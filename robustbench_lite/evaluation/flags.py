@@ -35,6 +35,7 @@ __all__ = [
     "restarts_help",
     "single_step_beats_iterative",
     "steps_help",
+    "submitted_beats_attacks",
     "unfinished",
     "unstable_gradients",
     "zero_gradients",
@@ -231,6 +232,15 @@ def excess_rejections(clean: Tensor, noisy: Tensor, rounded: Tensor) -> str | No
 def unfinished(open_: Unfinished) -> str | None:
     """Raised if a method has no answer about some samples: it was cut off, not run for lack of budget, or failed."""
     return str(open_)
+
+
+@_flag("the attacks are too weak: add the one that made these examples, or a suite that finds them")
+def submitted_beats_attacks(indices: list[int]) -> str | None:
+    """Raised if examples that somebody handed in break samples which every attack of the evaluation left standing."""
+    if not indices:
+        return None
+    shown = ", ".join(map(str, indices[:20])) + (" ..." if len(indices) > 20 else "")
+    return f"submitted examples break {len(indices)} samples that the attacks left standing: {shown}"
 
 
 def _missed_by_gradients(what: str, falls: Tensor, gradients: Tensor, names: Tensor) -> str | None:
