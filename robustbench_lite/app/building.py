@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from torch import nn
 
 from robustbench_lite.data import Dataset
+from robustbench_lite.defenses.detector import Detector
 from robustbench_lite.models import load_model, shape_options
 
 __all__ = ["build", "complete", "data", "methods", "model", "net", "row_name", "threats"]
@@ -43,7 +44,7 @@ def data(plain: Mapping[str, Any]) -> Dataset:
     return whole if plain["limit"] is None else whole.head(int(plain["limit"]))
 
 
-@lru_cache(maxsize=1)  # the jobs of a sweep share their data set
+@lru_cache(maxsize=2)  # the jobs of a sweep share their data set, and its calibration split
 def _load(node: str) -> Dataset:
     loaded = build(json.loads(node), "data")
     if not isinstance(loaded, Dataset):
@@ -52,9 +53,16 @@ def _load(node: str) -> Dataset:
 
 
 def model(plain: Mapping[str, Any]) -> Any:
-    """Return the model of a job: the zoo's entry, or the user's net with its weights, in eval mode."""
-    if plain["defense"]:
-        return build(plain["defense"], "defense")
+    """Return the model of a job: the zoo's entry, or the user's net with its weights, in eval mode.
+
+    Where the job gives a false-positive rate, a detector's threshold is set by it on the calibration split.
+    """
+    built = build(plain["defense"], "defense") if plain["defense"] else _own(plain)
+    rate = plain.get("fpr")  # receipts of an earlier version have none
+    return built if rate is None else _at_rate(built, plain["data"], rate)
+
+
+def _own(plain: Mapping[str, Any]) -> nn.Module:
     built = net(plain["model"], data(plain)).eval()
     if plain["model"].get("weights") is None and any(True for _ in built.parameters()):
         raise ValueError(
@@ -62,6 +70,21 @@ def model(plain: Mapping[str, Any]) -> Any:
             "model.weights=<file>; for a net that loads its own: model.weights=own"
         )
     return built
+
+
+def _at_rate(defense: Any, data_node: Mapping[str, Any], rate: Any) -> Detector:
+    if not isinstance(defense, Detector):
+        raise ValueError(
+            f"fpr sets the threshold of a defense that rejects inputs; {type(defense).__name__} rejects none: leave "
+            "fpr out"
+        )
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < 1:
+        raise ValueError(f"fpr is the share of clean inputs that may be rejected, in (0, 1), got {rate!r}")
+    if "split" not in data_node:
+        raise ValueError("fpr needs a calibration split, and this data set has no splits: calibrate the defense itself")
+    defense.calibrate(_load(json.dumps({**data_node, "split": "calibration"}, sort_keys=True)), rate)
+    defense.fpr = rate
+    return defense
 
 
 def net(node: Mapping[str, Any], samples: Dataset) -> nn.Module:
@@ -98,10 +121,10 @@ def methods(plain: Mapping[str, Any], kind: str) -> list[Any]:
     return [build(node, f"suite.{kind}.{name}") for name, node in nodes.items() if node is not None]
 
 
-def row_name(plain: Mapping[str, Any]) -> str:
-    """Return what tables call the model of a job."""
+def row_name(plain: Mapping[str, Any], built: Any) -> str:
+    """Return what tables call the model of a job; a detector's rate of false positives belongs to its name."""
     if plain["name"]:
         return str(plain["name"])
-    if plain["defense"]:
-        return str(plain["defense"]["name"])
-    return str(plain["model"]["_target_"]).rpartition(".")[2]
+    target = str(plain["model"]["_target_"]) if plain["model"] else ""
+    name = str(plain["defense"]["name"]) if plain["defense"] else target.rpartition(".")[2]
+    return f"{name}, fpr {100 * built.fpr:g} %" if isinstance(built, Detector) else name

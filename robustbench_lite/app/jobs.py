@@ -24,6 +24,7 @@ from robustbench_lite.app.digests import (
     stamp,
 )
 from robustbench_lite.app.unkept import is_read_only, unkept
+from robustbench_lite.evaluation.budget import Budget
 from robustbench_lite.evaluation.report import Report
 from robustbench_lite.evaluation.shards import check_shard, check_shards
 from robustbench_lite.zoo.cards import WEIGHTS, entry_folder
@@ -31,10 +32,14 @@ from robustbench_lite.zoo.cards import WEIGHTS, entry_folder
 __all__ = ["OWN", "Done", "evaluate_job", "key_of", "plain_config", "served"]
 
 OWN = "own"  # model.weights of a net that loads them itself
-_SETTINGS = ("seed", "mode", "audit", "probed", "adaptive", "batch_size", "device", "max_queries", "precision")
+_SETTINGS = (
+    "seed", "mode", "audit", "probed", "adaptive", "batch_size", "device", "max_queries", "time_limit", "precision",
+)  # fmt: skip
 _PRECISIONS = ("auto", "float32", "float64")
 _IGNORED = ("attack", "attacks", "certifier", "certifiers")  # at the top level nobody would read them
-_NOT_KEYED = ("store", "device", "batch_size", "usual_eps", "experiment", "shards", "shard")  # nothing depends on them
+_NOT_KEYED = (  # no answer depends on them; what a limit or a budget leaves unfinished has no receipt
+    "store", "device", "batch_size", "usual_eps", "experiment", "shards", "shard", "time_limit", "budget",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +50,7 @@ class Done:
         report: its result.
         served: whether it came from the store alone.
         receipt: names its rows; None where the store does not hold them all.
-        problem: what could not be written, in words.
+        problem: what is not finished, and what could not be written, in words.
         note: the same of a store that can only be read, and already holds the rows.
     """
 
@@ -204,7 +209,13 @@ def _check_settings(plain: Mapping[str, Any]) -> None:
     if plain["precision"] not in _PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(_PRECISIONS)}, got {plain['precision']!r}")
     check_device(plain["device"])
+    limit = plain["time_limit"]
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0):
+        raise ValueError(f"time_limit must be a positive number of seconds, or null for no limit, got {limit!r}")
+    budget = Budget(**(plain["budget"] or {}))
     check_shards(plain["shards"])
+    if budget.limited and plain["shards"] != 1:
+        raise ValueError("a budget is that of one job, which chooses what pays: give budget or shards, not both")
     if plain["shard"] is not None:
         check_shard(plain["shard"], plain["shards"])
     for name in ("seed", "batch_size", "limit", "max_queries"):
@@ -231,34 +242,48 @@ def _check_subject(plain: Mapping[str, Any]) -> None:
 
 
 def _evaluate(plain: dict[str, Any]) -> tuple[Report, str]:
-    """Return the report, and in words what of it could not be written."""
+    """Return the report, and in words what of it could not be written, or failed."""
     from robustbench_lite.app import building  # torch, from here on
-    from robustbench_lite.evaluation import UnsavedError, evaluate
+    from robustbench_lite.evaluation import EvaluationError, UnsavedError, evaluate
 
+    model = building.model(plain)
     try:
         report = evaluate(
-            building.model(plain),
+            model,
             building.data(plain),
             building.threats(plain),
             building.methods(plain, "attacks"),
             building.methods(plain, "certifiers"),
             store=plain["store"] or None,
-            name=building.row_name(plain),
+            name=building.row_name(plain, model),
             progress=sys.stderr.isatty(),
             shard=None if plain["shard"] is None else (plain["shard"], plain["shards"]),
+            budget=Budget(**(plain["budget"] or {})),
             **{name: plain[name] for name in _SETTINGS},
         )
     except UnsavedError as error:
         return error.report, str(error)
-    return report, ""
+    except EvaluationError as error:
+        if error.report is None or plain["shard"] is not None:
+            raise
+        return error.report, str(error)
+    return report, _left(report)
+
+
+def _left(report: Report) -> str:
+    """Say what a time limit or a budget left open."""
+    reasons = " and ".join(sorted({part.reason for part in report.unfinished}))
+    if not reasons:
+        return ""
+    return f"not finished ({reasons}): the table is about what was computed; the same command goes on from the store"
 
 
 def _compute(plain: dict[str, Any], store: Path | None) -> Done:
     key = key_of(plain) if store else None  # of the code and weights as they are now, not as they will be then
     report, problem = _evaluate(plain)
-    receipt = None if store is None or problem else receipts.receipt_of(report, plain, store)
+    receipt = None if store is None or report.unsaved else receipts.receipt_of(report, plain, store)
     note = ""
-    if store and receipt:
+    if store and receipt and not report.unfinished:
         try:  # one for rbl verify alone, without a key
             receipts.keep(store, key or f"unserved-{digest(plain)}", receipt)
         except OSError as error:

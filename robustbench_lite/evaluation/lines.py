@@ -13,13 +13,15 @@ import numpy as np
 import pandas as pd
 
 from robustbench_lite.evaluation.audit import GROUP
+from robustbench_lite.evaluation.detection import area_under_curve
 from robustbench_lite.evaluation.flags import PROBED
 from robustbench_lite.evaluation.intervals import clopper_pearson
 
-__all__ = ["Flags", "Line", "Mask", "Names", "Outcomes", "Seen", "Summary", "titled", "to_summary"]
+__all__ = ["Flags", "Line", "Mask", "Names", "Outcomes", "Scores", "Seen", "Summary", "titled", "to_summary"]
 
 Flags = Mapping[tuple[str, str], Iterable[Mapping[str, Any]]]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
+Scores = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +56,8 @@ class Seen:
         likely: the same of probabilistic ones.
         late: the certifier ran out of time.
         submitted: the rows are examples that somebody handed in: there are none of failures.
+        scores: a detector's scores (n,) of what an attack ended with, NaN where the model is right about that; None of
+            a model that is no detector.
     """
 
     kind: str
@@ -63,6 +67,7 @@ class Seen:
     likely: Mask | None = None
     late: Mask | None = None
     submitted: bool = False
+    scores: Scores | None = None
 
 
 @dataclass(eq=False)
@@ -76,6 +81,8 @@ class Line:
         correct: bool (n,), the model is right on the clean image.
         methods: what each method said, by its name, in the order of columns.
         non_finite: whether the model ever answered with NaN or infinity.
+        accepted: bool (n,), a detector answers the clean image; None of a model that is no detector.
+        scores: its scores (n,) of the clean images.
     """
 
     key: dict[str, Any]
@@ -84,6 +91,8 @@ class Line:
     correct: Mask
     methods: dict[str, Seen] = field(default_factory=dict)
     non_finite: bool = False
+    accepted: Mask | None = None
+    scores: Scores | None = None
 
     @property
     def n(self) -> int:
@@ -131,6 +140,8 @@ class Line:
         out["gap"] = out["worst_case"] - out["certified"]  # NaN where either is
         proven = np.zeros(self.n, dtype=bool) if sure is None else sure
         out["spared"] = self._spared(self.correct & proven)
+        out["coverage"] = np.nan if self.accepted is None else self.accepted.mean()
+        out["auc"] = self._auc()
         out["timeouts"] = self._timeouts(sure, likely)
         out["incomplete"] = int((standing & ~proven & ~self._seen_by_all()).sum())
         return out
@@ -142,6 +153,14 @@ class Line:
         masks = [seen.seen & self.correct for seen in self.attacks.values()]
         spared = sum(int((proven & ~mask).sum()) for mask in masks)
         return spared / max(1, spared + sum(int(mask.sum()) for mask in masks))
+
+    def _auc(self) -> float:
+        """Return the least area under the ROC curve over attacks: clean images against what each ended with."""
+        if self.scores is None:
+            return np.nan
+        clean = self.scores[~np.isnan(self.scores)]
+        ended = [seen.scores[~np.isnan(seen.scores)] for seen in self.attacks.values() if seen.scores is not None]
+        return min((area_under_curve(clean, scores) for scores in ended), default=np.nan)
 
     def _timeouts(self, sure: Mask | None, likely: Mask | None) -> int:
         late = _any([seen.late for seen in self.methods.values() if seen.late is not None], self.n)
@@ -226,7 +245,8 @@ def _union(masks: list[Mask | None]) -> Mask | None:
 
 
 _FIRST = ["dataset", "defense", "fingerprint", "threat", "eps", "seed", "precision", "n", "mode", "clean"]
-_LAST = ["certified", "certified_probabilistic", "gap", "spared", "timeouts", "incomplete", "verdict", "flags"]
+_LAST = ["certified", "certified_probabilistic", "gap", "spared", "coverage", "auc", "timeouts", "incomplete"]
+_LAST += ["verdict", "flags"]
 
 
 def _ordered(table: pd.DataFrame, attacks: Iterable[str], certifiers: Iterable[str]) -> pd.DataFrame:

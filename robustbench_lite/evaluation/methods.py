@@ -40,14 +40,16 @@ def clean_method(subject: Subject) -> Method:
         x, y, start = subject.images(part.x), part.y.to(subject.device), time.perf_counter()
         with subject.seeded(cell.seed, part):
             prediction, lead = subject.answer(x, y)
+            score = subject.suspicion(x)
         measured = {
             "prediction": _array(prediction),
             "correct": _array(prediction == y),
             "margin": _array(lead),
+            "suspicion": None if score is None else _array(score),
             "forwards": np.full(len(part), 2 if subject.decides else 1),
             "seconds": _share(start, part),
         }
-        return cell.rows(part, measured), None
+        return cell.rows(part, _given(measured)), None
 
     return run
 
@@ -74,6 +76,7 @@ def attack_method(subject: Subject, attack: Attack, threat: Threat, max_queries:
                 generator=torch.Generator().manual_seed(cell.seed),
             )
             prediction, lead = subject.answer(result.x_adv, y)
+            score = subject.suspicion(result.x_adv)
         point = result.x_adv if result.parameters is None else result.parameters
         inside = _inside(threat, point, result.x_adv, x)
         undecided = (lead.abs() <= TIE) & (not subject.decides) | subject.stochastic
@@ -85,12 +88,13 @@ def attack_method(subject: Subject, attack: Attack, threat: Threat, max_queries:
             "status": ["refuted" if lie else None for lie in (result.success & ~success).tolist()],
             "distance": _array(torch.where(success, threat.distance(point, x), torch.inf)),
             "margin": _array(lead),
+            "suspicion": None if score is None else _array(score),
             "forwards": _array(result.forwards),
             "backwards": _array(result.backwards),
             "first_success": _array(torch.where(success, result.first_success, -1)),
             "seconds": _share(start, part),
         }
-        return cell.rows(part, measured), _examples(part, result.success, result.x_adv, result.parameters)
+        return cell.rows(part, _given(measured)), _examples(part, result.success, result.x_adv, result.parameters)
 
     return run
 
@@ -133,7 +137,7 @@ def certifier_method(subject: Subject, certifier: Certifier, threat: Threat) -> 
             "certificate": [found.kind] * len(part),
             "confidence": np.full(len(part), float(found.confidence)),
         }
-        return cell.rows(part, {k: v for k, v in measured.items() if v is not None}), None
+        return cell.rows(part, _given(measured)), None
 
     return run
 
@@ -185,6 +189,10 @@ def _examples(part: Samples, claimed: Tensor, x_adv: Tensor, parameters: Tensor 
     rows = claimed.nonzero().flatten()
     chosen = None if parameters is None else _array(parameters[rows])
     return Examples(part.indices[_array(rows)], _array(x_adv[rows]), chosen)
+
+
+def _given(measured: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in measured.items() if value is not None}
 
 
 def _array(tensor: Tensor) -> np.ndarray[Any, Any]:

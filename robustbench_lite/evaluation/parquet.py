@@ -86,7 +86,10 @@ def read_whole(path: Path, names: list[str]) -> tuple[dict[bytes, bytes], pa.Tab
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         kept: dict[bytes, bytes] = file.schema_arrow.metadata or {}
         _check_version(path, kept)
-        table = file.read(columns=names, use_threads=False)
+        there = [name for name in names if name in file.schema_arrow.names]
+        table = file.read(columns=there, use_threads=False)
+    for name in (name for name in names if name not in there and SCHEMA.field(name).nullable):
+        table = table.append_column(SCHEMA.field(name), pa.nulls(len(table), SCHEMA.field(name).type))  # a later column
     return kept, table.select(names).cast(pa.schema([SCHEMA.field(name) for name in names]))
 
 

@@ -6,7 +6,9 @@ Columns that are null, by kind:
 
 - clean: threat, eps, success, certified, status, distance, radius, backwards, first_success, certificate, confidence;
 - attack: certified, radius, certificate, confidence; status but where a claim was refuted or an example submitted;
-- certifier: success, distance, backwards, first_success; margin where the certifier gives no bounds.
+- certifier: success, distance, backwards, first_success, suspicion; margin where the certifier gives no bounds.
+
+`suspicion` is null of a model that rejects nothing, and in rows that are older than the column.
 """
 
 from __future__ import annotations
@@ -70,6 +72,7 @@ COLUMNS = (
     Column("precision", _TEXT, "float32 or float64", True),
     Column("certificate", _TEXT, "deterministic, probabilistic or estimate"),
     Column("confidence", _REAL, "1 for a deterministic certificate, 1 - alpha for a probabilistic one"),
+    Column("suspicion", _REAL, "a detector's score of the clean or returned input; larger looks less like data"),
 )
 """Every column, in its order."""
 

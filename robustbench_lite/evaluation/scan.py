@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from robustbench_lite.evaluation.audit import Contradiction, audit
-from robustbench_lite.evaluation.lines import Line, Mask, Names, Seen, Summary, titled, to_summary
+from robustbench_lite.evaluation.lines import Line, Mask, Names, Scores, Seen, Summary, titled, to_summary
 from robustbench_lite.evaluation.records import SUBMITTED
 from robustbench_lite.evaluation.store import Head, Store
 from robustbench_lite.evaluation.summary import lines_of
@@ -27,12 +27,12 @@ __all__ = ["Scan", "scan"]
 
 _SAMPLE = ["index", "sample_hash", "label"]
 _COLUMNS = {
-    "clean": ["correct", "prediction", "defense"],
-    "attack": ["success", "distance", "status", "prediction"],
+    "clean": ["correct", "prediction", "defense", "suspicion"],
+    "attack": ["success", "distance", "status", "prediction", "correct", "suspicion"],
     "certifier": ["certified", "correct", "radius", "status", "certificate"],
 }
 _READERS = 4  # files read at a time: decoding needs no interpreter lock, and a network's file system answers slowly
-_INVALID = -2  # core.models.INVALID, which needs torch
+_INVALID, _ABSTAIN = -2, -1  # of core.models, which needs torch
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,6 +190,11 @@ def _line(clean: _Slab, part: list[_Slab], touched: Mask, names: Names) -> Line:
     broken = bool((clean.is_("prediction", _INVALID) & here).any())
     broken |= any(s.is_("prediction", _INVALID).any() for s in part if s.head.row["kind"] == "attack")
     line = Line(key, defense, own, correct[rows], {}, broken)
+    if clean.table["suspicion"].null_count < len(clean.table):
+        accepted, line.scores = np.ones(len(touched), dtype=bool), np.full(len(rows), np.nan)
+        accepted[clean.place] = ~clean.is_("prediction", _ABSTAIN)
+        line.accepted = accepted[rows]
+        line.scores[place[clean.place[here]]] = clean.real("suspicion")[here]
     for kind in ("attack", "certifier"):
         mine = [slab for slab in part if slab.head.row["kind"] == kind]
         titles = titled((slab.head.row["method"], slab.head.row["version"]) for slab in mine)
@@ -211,6 +216,7 @@ def _seen(kind: str, slabs: list[_Slab], touched: Mask, place: np.ndarray[Any, A
     seen = Seen(kind, where([np.ones(len(slab.place), dtype=bool) for slab in slabs]), where(won))
     if kind == "attack":
         seen.submitted = all(slab.is_("status", SUBMITTED).all() for slab in slabs)
+        seen.scores = _scores(slabs, touched, place, n)
         return seen
     kinds = {name: [slab.is_("certificate", name) for slab in slabs] for name in ("deterministic", "probabilistic")}
     seen.sure, seen.likely = (
@@ -219,6 +225,15 @@ def _seen(kind: str, slabs: list[_Slab], touched: Mask, place: np.ndarray[Any, A
     )
     seen.late = where([slab.is_("status", "timeout") for slab in slabs])
     return seen
+
+
+def _scores(slabs: list[_Slab], touched: Mask, place: np.ndarray[Any, Any], n: int) -> Scores | None:
+    scores = np.full(n, np.nan)
+    for slab in slabs:
+        if slab.table["suspicion"].null_count < len(slab.table):
+            mine = touched[slab.place] & ~slab.truth("correct")
+            scores[place[slab.place[mine]]] = slab.real("suspicion")[mine]
+    return None if np.isnan(scores).all() else scores
 
 
 def _suspicious(slabs: list[_Slab], n: int) -> bool:

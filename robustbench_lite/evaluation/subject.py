@@ -17,6 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from robustbench_lite.core.checks import check_logits
 from robustbench_lite.core.goals import Untargeted
+from robustbench_lite.core.insides import Rejecting
 from robustbench_lite.core.losses import margin
 from robustbench_lite.core.models import INVALID, Model, frozen, is_stochastic, labels_of, predict, rejects
 from robustbench_lite.evaluation.fingerprint import fingerprint
@@ -89,6 +90,15 @@ class Subject:
     def images(self, x: Tensor) -> Tensor:
         """Return images on the model's device and in its precision."""
         return x.to(self.device, self.dtype)
+
+    @torch.no_grad()
+    def suspicion(self, x: Tensor) -> Tensor | None:
+        """Return a detector's scores (B,) of images, larger for what looks less like data; None of any other model."""
+        model: object = self.model
+        if not isinstance(model, Rejecting):
+            return None
+        with frozen(self.model):
+            return model.answer(x)[1].double()
 
     def achieved(self, prediction: Tensor, y: Tensor) -> Tensor:
         """Return bool (B,): the answer is what an untargeted attacker wants."""

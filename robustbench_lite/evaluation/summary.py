@@ -11,6 +11,9 @@ interval.
 - `gap` is `worst_case - certified`: what neither attack nor proof has decided.
 - `spared` is the share of the attacks' work that proofs made needless: of the samples that an attack was to meet
   (correct, and broken by no attack before it), those that it did not because they are proven; 0 where each saw all.
+- `coverage` is the share of the clean images that a detector answers, `auc` the least area under the ROC curve, over
+  attacks, of its score: for telling what an attack ended with, where the model is not right about that, from the clean
+  images. Both are NaN of a model that rejects nothing.
 - `timeouts` counts samples that a certifier gave up on and no other proved.
 - an example that somebody handed in (`submission.py`) counts in `worst_case`; such rows exist for successes alone, so
   they make nothing incomplete.
@@ -38,6 +41,7 @@ __all__ = ["VERDICTS", "lines_of", "outcomes_of", "summarize"]
 VERDICTS = ("invalid", "doubtful", "reliable")  # the worst first
 
 _MODEL = ["dataset", "fingerprint", "seed", "precision"]
+_ABSTAIN = -1  # core.models.ABSTAIN, which needs torch
 
 
 def summarize(
@@ -105,7 +109,11 @@ def _line(key: dict[str, Any], clean: pd.DataFrame, rows: pd.DataFrame) -> Line:
     broken = non_finite(pd.concat([clean, rows]) if len(rows) else clean) is not None
     correct = clean["correct"].to_numpy(dtype=bool)
     methods = {name: _seen(kind, part, len(clean)) for kind in _KINDS for name, part in _methods(placed, kind)}
-    return Line(key, str(clean["defense"].iloc[-1]), names, correct, methods, broken)
+    line = Line(key, str(clean["defense"].iloc[-1]), names, correct, methods, broken)
+    scores = clean["suspicion"].to_numpy(dtype=float)
+    if not np.isnan(scores).all():
+        line.scores, line.accepted = scores, ~_true(clean["prediction"] == _ABSTAIN)
+    return line
 
 
 _KINDS = {"attack": "success", "certifier": "certified"}  # and the column that says whether they won
@@ -124,6 +132,10 @@ def _seen(kind: str, rows: pd.DataFrame, n: int) -> Seen:
     seen = Seen(kind, _mask(place, n), _mask(place[won], n))
     if kind == "attack":
         seen.submitted = bool(_true(rows["status"] == SUBMITTED).all())
+        scores = np.where(_true(rows["correct"]), np.nan, rows["suspicion"].to_numpy(dtype=float))
+        if not np.isnan(scores).all():
+            seen.scores = np.full(n, np.nan)
+            seen.scores[place] = scores
         return seen
     kinds = rows["certificate"].to_numpy(dtype=object)
     seen.sure, seen.likely = (

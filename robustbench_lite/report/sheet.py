@@ -22,12 +22,12 @@ NOT_APPLICABLE = "n/a"
 TEXT_COLUMNS = ("defense", "verdict", "flags")
 _GROUP = ["dataset", "threat", "eps", "n"]
 _BEFORE = ("dataset", "defense", "fingerprint", "threat", "eps", "seed", "precision", "n", "mode", "clean")
-_FIGURES = ("certified", "certified_probabilistic", "gap", "spared", "timeouts", "incomplete")
+_FIGURES = ("certified", "certified_probabilistic", "gap", "spared", "coverage", "auc", "timeouts", "incomplete")
 _AFTER = (*_FIGURES, "unfinished", "verdict", "flags")
 _SUMS = ("clean", "worst_case", "certified")
 _HEADERS = {"worst_case": "robust", "certified_probabilistic": "certified (prob.)", "p_above": "p"}
 _OPTIONAL = (  # shown where there is something to show
-    "certified_probabilistic", "spared", "timeouts", "incomplete", "unfinished", "flags",
+    "certified_probabilistic", "spared", "coverage", "auc", "timeouts", "incomplete", "unfinished", "flags",
 )  # fmt: skip
 
 
@@ -200,7 +200,9 @@ def _cell(row: pd.Series[Any], column: str) -> Cell:
         return Cell("<0.001" if value < 0.001 else f"{value:.3f}")
     if isinstance(value, str):
         return Cell(value)
-    if column in ("gap", "spared"):
+    if column == "auc":
+        return Cell(f"{value:.3f}")
+    if column in ("gap", "spared", "coverage"):
         return Cell(f"{100 * value:.1f}")
     low, high = row[f"{column}_low"], row[f"{column}_high"]
     return Cell(f"{100 * value:.1f}", f"{100 * low:.1f}-{100 * high:.1f}")

@@ -256,5 +256,5 @@ def test_schema_of_the_design() -> None:
     design += " certified status distance radius margin forwards backwards first_success seconds seed precision"
     names = design.split()
     assert SCHEMA.names[: len(names)] == names
-    assert SCHEMA.names[len(names) :] == ["certificate", "confidence"]
+    assert SCHEMA.names[len(names) :] == ["certificate", "confidence", "suspicion"]
     assert isinstance(SCHEMA, pa.Schema)

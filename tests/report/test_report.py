@@ -35,7 +35,8 @@ def summary(defense: str, worst: float, *, certified: float = NAN, eps: float = 
     shares = {"clean": 0.98, "FGSM": worst + 0.01, "PGD(steps=40, loss=margin)": worst, "worst_case": worst}
     for name, value in (shares | {"IBP": certified, "certified": certified, "certified_probabilistic": NAN}).items():
         row |= {name: value, f"{name}_low": value - 0.0123, f"{name}_high": value + 0.0123}
-    row |= {"gap": worst - certified, "spared": 0.0, "timeouts": 0, "incomplete": 0, "verdict": "doubtful", "flags": ""}
+    row |= {"gap": worst - certified, "spared": 0.0, "coverage": np.nan, "auc": np.nan}
+    row |= {"timeouts": 0, "incomplete": 0, "verdict": "doubtful", "flags": ""}
     table = pd.DataFrame([row | changes])
     return Summary(table, [outcomes(int(table["n"].iloc[0]), worst)])
 
