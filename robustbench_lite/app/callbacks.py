@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from robustbench_lite.app import receipts, sweeps
 from robustbench_lite.app.console import console
 from robustbench_lite.app.errors import report_errors
-from robustbench_lite.app.screen import show_not_applicable, show_sheet
+from robustbench_lite.app.screen import show_not_applicable, show_sheet, show_unfinished
 from robustbench_lite.app.unkept import is_read_only, unkept
 from robustbench_lite.report.export import write_tables
 from robustbench_lite.report.sheet import Sheet, sheets, table_of
@@ -25,7 +25,7 @@ class TableCallback(Callback):
     """Ranks the rows of a multirun in one table a threat, on the screen and in `STORE/tables`.
 
     It ends the command, by `SystemExit`: Hydra would turn any other exception of a callback into a warning. The status
-    is 1 if a job failed or a row is invalid.
+    is 1 if a job failed, or a row is invalid or not finished.
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -49,6 +49,7 @@ def _finish(folder: Path, store: Path) -> int:
         report = receipts.report_of(receipt, store) if receipt else None
         if report is not None:
             reports.append((receipt.defense if receipt else "", report))
+            failed += [ended] if ended.error else []
         elif ended.shard and not ended.error:
             shards += 1
         else:
@@ -58,6 +59,7 @@ def _finish(folder: Path, store: Path) -> int:
         show_sheet(sheet)
     for defense, report in reports:
         show_not_applicable(report, defense)
+        show_unfinished(report, defense)
     lost = not _written(found, store / "tables")
     if failed:
         _say_failed(failed, folder)
@@ -65,7 +67,7 @@ def _finish(folder: Path, store: Path) -> int:
         sweeps.forget(folder)
     if shards and not reports and not failed:
         print(f"{shards} shards are in the store; without shard=... the command shows the whole", file=sys.stderr)
-    invalid = any(report.verdict == "invalid" for _, report in reports)
+    invalid = any(report.verdict == "invalid" or report.unfinished for _, report in reports)
     return int(bool(failed) or invalid or lost)
 
 

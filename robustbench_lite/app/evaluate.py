@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def job(config: DictConfig) -> int:
-    """Evaluate one defense and return the exit status: 1 for an invalid row.
+    """Evaluate one defense and return the exit status: 1 for an invalid row, or one that is not finished.
 
     Alone it shows its table and raises what goes wrong. In a sweep it leaves its outcome in the sweep's folder, so that
     one failure does not end the others.
@@ -63,7 +63,8 @@ def _sweep_job(config: DictConfig) -> int:
         print(f"  {' '.join(overrides)}: failed: {message}", file=sys.stderr, flush=True)
         return 1
     receipt = None if shard or done.receipt is None else asdict(done.receipt)
-    sweeps.record(folder, sweeps.Ended(num, overrides, receipt, shard=shard))
+    told = "\n".join(part.traceback for part in done.report.unfinished if part.traceback)
+    sweeps.record(folder, sweeps.Ended(num, overrides, receipt, done.problem if told else "", told, shard))
     name = " ".join(overrides) if done.receipt is None else done.receipt.defense
     if done.problem or done.note:
         print(f"  {name}: {done.problem or done.note}", file=sys.stderr)

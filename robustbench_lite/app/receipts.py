@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from robustbench_lite.evaluation.files import put
 from robustbench_lite.evaluation.flags import Flag
 from robustbench_lite.evaluation.report import NotApplicable, Report
 from robustbench_lite.evaluation.store import Store
+from robustbench_lite.evaluation.unfinished import Unfinished
 
 __all__ = ["Receipt", "all_of", "find", "keep", "receipt_of", "report_of"]
 
@@ -43,6 +44,7 @@ class Receipt:
         threats: name and eps of each threat.
         notes: the report's.
         not_applicable: the report's.
+        unfinished: the report's. Such a receipt travels with the outcome of a job, and is never kept: the job runs on.
     """
 
     config: dict[str, Any]
@@ -53,6 +55,7 @@ class Receipt:
     threats: list[list[Any]]
     notes: list[dict[str, Any]]
     not_applicable: list[dict[str, Any]]
+    unfinished: list[dict[str, Any]] = field(default_factory=list)
     format: int = FORMAT
 
 
@@ -74,6 +77,7 @@ def receipt_of(report: Report, config: Mapping[str, Any], store: Path) -> Receip
         [[name, eps] for name, eps in report.threats],
         [asdict(note) for note in report.notes],
         [asdict(part) for part in report.not_applicable],
+        [asdict(part) for part in report.unfinished],
     )
     served = report_of(receipt, store)
     same = served is not None and served.summary().to_csv() == report.summary().to_csv()
@@ -102,6 +106,7 @@ def report_of(receipt: Receipt, store: Path) -> Report | None:
         found.violations,
         found.findings,
         [NotApplicable(**part) for part in receipt.not_applicable],
+        unfinished=[Unfinished(**part) for part in receipt.unfinished],
     )
 
 

@@ -13,7 +13,7 @@ from robustbench_lite.report.table import to_screen
 if TYPE_CHECKING:
     from robustbench_lite.evaluation.report import Report
 
-__all__ = ["show_not_applicable", "show_report", "show_sheet"]
+__all__ = ["show_not_applicable", "show_report", "show_sheet", "show_unfinished"]
 
 
 def show_sheet(sheet: Sheet) -> None:
@@ -30,6 +30,12 @@ def show_not_applicable(report: Report, defense: str = "") -> None:
         console().print(Text(f"{method}: n/a{of}: {reason}"), highlight=False)
 
 
+def show_unfinished(report: Report, defense: str) -> None:
+    """Print what was left open; a report alone shows it as flags."""
+    for part in report.unfinished:
+        console().print(Text(f"{defense}: {part}", style="yellow"), highlight=False)
+
+
 def show_report(report: Report) -> None:
     """Print the table of a report, and why its figures may be doubted."""
     for sheet in sheets([table_of(report)]):
@@ -42,5 +48,7 @@ def show_report(report: Report) -> None:
         screen.print(Text.assemble(("invalid ", "bold red"), (violation.id, "bold"), f": {violation.evidence}"))
     for finding in report.findings:
         screen.print(Text.assemble(("finding ", "dim"), (finding.id, "bold"), f": {finding.evidence}"))
+    for remark in report.remarks:
+        screen.print(Text(f"note: {remark}"), highlight=False)
     for warning in report.warnings:
         screen.print(Text(f"store: {warning}", style="yellow"))
