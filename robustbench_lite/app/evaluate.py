@@ -65,12 +65,16 @@ def _sweep_job(config: DictConfig) -> int:
     receipt = None if shard or done.receipt is None else asdict(done.receipt)
     told = "\n".join(part.traceback for part in done.report.unfinished if part.traceback)
     sweeps.record(folder, sweeps.Ended(num, overrides, receipt, done.problem if told else "", told, shard))
-    name = " ".join(overrides) if done.receipt is None else done.receipt.defense
+    name = done.receipt.defense if done.receipt else f"{_subject(config)}, shard {config.shard} of {config.shards}"
     if done.problem or done.note:
         print(f"  {name}: {done.problem or done.note}", file=sys.stderr)
     how = "from the store" if done.served else f"{time.perf_counter() - start:.1f} s"
     print(f"  {name}: {how}", file=sys.stderr, flush=True)
     return int(bool(done.problem))
+
+
+def _subject(config: DictConfig) -> str:
+    return str(config.name or (config.defense or {}).get("name") or config.model._target_)
 
 
 def _say_shard(done: Done, config: DictConfig) -> int:
