@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a file that is not named her
     from robustbench_lite.attacks.flow_pgd import FlowPGD as FlowPGD
     from robustbench_lite.attacks.fmn import FMN as FMN
     from robustbench_lite.attacks.foolbox_attack import FoolboxAttack as FoolboxAttack
+    from robustbench_lite.attacks.frozen import Frozen as Frozen
     from robustbench_lite.attacks.gallery import Gallery as Gallery
     from robustbench_lite.attacks.hclu import HighConfidenceLowUncertainty as HighConfidenceLowUncertainty
     from robustbench_lite.attacks.hop_skip_jump import HopSkipJump as HopSkipJump

@@ -26,6 +26,7 @@ __all__ = [
     "Kind",
     "blind_beats_gradients",
     "excess_rejections",
+    "frozen_beats_averaged",
     "noise_beats_gradients",
     "non_finite",
     "not_monotone",
@@ -187,6 +188,18 @@ def noise_beats_gradients(noise: Tensor, gradients: Tensor, names: Tensor) -> st
         names: the samples' indices in the data set.
     """
     return _missed_by_gradients("random noise", noise, gradients, names)
+
+
+@_flag("averaged gradients are too noisy to follow: more draws in the attack_view, more steps")
+def frozen_beats_averaged(frozen: Tensor, gradients: Tensor, names: Tensor) -> str | None:
+    """Raised if PGD on frozen draws breaks samples (B,) that no other gradient does: more than 2, and than 2 %.
+
+    Args:
+        frozen: which samples fell to gradients of a randomised model whose draws were frozen.
+        gradients: which fell to any attack with fresh draws.
+        names: the samples' indices in the data set.
+    """
+    return _missed_by_gradients("PGD on frozen draws", frozen, gradients, names)
 
 
 @_flag("a larger budget contains the smaller: the attacks at the larger one are too weak; more steps, more restarts")

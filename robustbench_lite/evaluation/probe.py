@@ -2,10 +2,10 @@
 
 A cascade hides how attacks compare, and a suite may hold one alone. The probe attacks up to 256 samples, drawn by seed
 from those that the model gets right, with noise, with one step, with forty steps from a random start under the margin
-loss, with four times as many steps, with five restarts, without gradients (Square), at half of the budget, and at a
-budget that allows every image; looks at gradients and, of a detector, at rejections; and asks whether any of it breaks
-what the evaluation left standing. What it finds are flags, and a note that it was made. None of its rows is kept: it
-says whether a figure can be trusted, it is not part of it.
+loss, with four times as many steps, with five restarts, without gradients (Square), at half of the budget, at a budget
+that allows every image, and on frozen draws where the model is randomised; looks at gradients and, of a detector, at
+rejections; and asks whether any of it breaks what the evaluation left standing. What it finds are flags, and a note
+that it was made. None of its rows is kept: it says whether a figure can be trusted, it is not part of it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustbench_lite.attacks import FGSM, PGD, RandomNoise, Square
+from robustbench_lite.attacks import FGSM, PGD, Frozen, RandomNoise, Square
 from robustbench_lite.core.goals import Untargeted
-from robustbench_lite.core.models import ABSTAIN, rejects
+from robustbench_lite.core.models import ABSTAIN, Model, rejects
 from robustbench_lite.core.rng import Streams
 from robustbench_lite.core.threats import Lp, Threat
 from robustbench_lite.evaluation import flags as judge
@@ -73,8 +73,8 @@ class _Trials:
         self.subject, self.part, self.threat, self.seed = subject, part, threat, seed
         self.names = torch.from_numpy(part.indices)
 
-    def falls(self, attack: Attack, eps: float | None = None) -> Tensor:
-        """Return which samples (B,) fall, on the CPU; at another budget if one is given."""
+    def falls(self, attack: Attack, eps: float | None = None, view: Model | None = None) -> Tensor:
+        """Return which samples (B,) fall, on the CPU; at another budget, or by another view, if one is given."""
         threat = self.threat if eps is None else replace(self.threat, eps=eps)
 
         def ask(rows: slice) -> Tensor:
@@ -83,13 +83,17 @@ class _Trials:
                 self.subject.images(self.part.x[rows]),
                 Untargeted(self.part.y[rows].to(self.subject.device)),
                 threat,
-                view=self.subject.view,
+                view=view or self.subject.view,
                 indices=self.names[rows],
                 generator=torch.Generator().manual_seed(self.seed),
             )
             return result.success.cpu()
 
         return in_chunks(ask, len(self.part))
+
+    def frozen(self, attack: Attack) -> Tensor:
+        """Return which samples (B,) fall where the randomness stands still while the attack searches."""
+        return self.falls(attack, view=Frozen(self.subject.view or self.subject.model, self.seed))
 
     @property
     def whole_range(self) -> float:
@@ -108,10 +112,12 @@ def _compared(trials: _Trials, fallen: set[int]) -> list[Flag | None]:
     gradients = iterative | single
     square = Square(queries=500)
     blind = trials.falls(square) if square.supports(trials.threat) else torch.zeros_like(noise)
+    frozen = trials.frozen(attack) if trials.subject.stochastic else torch.zeros_like(noise)
     half = trials.falls(attack, float(trials.threat.size or 0.0) / 2)
     return [
         judge.noise_beats_gradients(noise, gradients, trials.names),
         judge.blind_beats_gradients(blind, gradients, trials.names),
+        judge.frozen_beats_averaged(frozen, gradients, trials.names),
         judge.single_step_beats_iterative(single, iterative),
         judge.steps_help(reported, longer),
         judge.restarts_help(reported, restarted),

@@ -64,6 +64,25 @@ def test_masks_are_seen(kind: str, expected: set[str]) -> None:
     assert expected <= found, found
 
 
+class Wavering(nn.Module):
+    """The net; but its gradient points the wrong way in nine calls of ten."""
+
+    stochastic = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = load_defense("digits/standard")
+
+    def forward(self, x: Tensor) -> Tensor:
+        sign = 1.0 if float(torch.rand(())) < 0.1 else -1.0
+        return self.net(x.detach() + sign * (x - x.detach()))
+
+
+def test_frozen_draws_find_what_fresh_ones_hide() -> None:
+    seeds = (seed for seed in range(100) if float(torch.rand((), generator=torch.Generator().manual_seed(seed))) < 0.1)
+    assert "frozen_beats_averaged" in ids(Wavering(), attacks=[FGSM()], seed=next(seeds))
+
+
 def test_a_weak_suite_is_told_from_a_weak_defense() -> None:
     weak = ids(load_defense("digits/standard"), attacks=[PGD(steps=1, step_size=0.001)])
     assert {"steps_help", "restarts_help"} <= weak
