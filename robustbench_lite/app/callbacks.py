@@ -31,13 +31,15 @@ class TableCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Refuse a sweep that would keep nothing to make a table of."""
         with report_errors() as outcome:
-            if not config.store:
+            if not config.store and not config.forecast:
                 raise ValueError("a sweep needs a store, from which its table is made: give store=DIR")
         if outcome.status:
             raise SystemExit(outcome.status)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Show and write the tables, then name the jobs that failed."""
+        """Show and write the tables, then name the jobs that failed; forecasts have shown theirs."""
+        if config.forecast:
+            return
         with report_errors() as outcome:
             outcome.status = _finish(Path(config.hydra.sweep.dir), Path(config.store))
         raise SystemExit(outcome.status)

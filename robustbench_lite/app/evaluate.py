@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from robustbench_lite.app import sweeps
 from robustbench_lite.app.console import console
 from robustbench_lite.app.errors import explain
+from robustbench_lite.app.forecast import forecast_job
 from robustbench_lite.app.hydra_app import run
 from robustbench_lite.app.jobs import Done, evaluate_job
 from robustbench_lite.app.screen import show_report
@@ -34,6 +35,8 @@ def job(config: DictConfig) -> int:
     Alone it shows its table and raises what goes wrong. In a sweep it leaves its outcome in the sweep's folder, so that
     one failure does not end the others.
     """
+    if config.forecast:
+        return forecast_job(config)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return _sweep_job(config)
     if config.shards != 1 and config.shard is None:

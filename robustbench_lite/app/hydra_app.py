@@ -25,6 +25,7 @@ __all__ = ["CONFIG_PATH", "register", "run"]
 
 CONFIG_PATH = "pkg://robustbench_lite.conf"
 _RANKED = ("evaluate", "leaderboard")  # their sweeps end in a table, made from what the jobs leave in a folder
+_FORECAST = {"forecast=true", "forecast=True"}  # then nothing is written
 _DATA = "RBL_DATA"
 _WITH_VALUE = (
     "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
@@ -54,7 +55,8 @@ def run(job: Callable[[DictConfig], int], command: str, arguments: Sequence[str]
     register()
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     aside = Path(tempfile.gettempdir()) / f"rbl-{command}-{name}"
-    sweep = f"'${{sweep_folder:${{store}},{name}}}'" if command in _RANKED else aside.as_posix()
+    ranked = command in _RANKED and not _FORECAST & {*arguments}
+    sweep = f"'${{sweep_folder:${{store}},{name}}}'" if ranked else aside.as_posix()
     with _process_state(["rbl " + command, *_arranged(arguments, sweep)]), above_launchers(ends):
         try:
             hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name=command)(guarded)()

@@ -29,7 +29,7 @@ from robustbench_lite.evaluation.report import Report
 from robustbench_lite.evaluation.shards import check_shard, check_shards
 from robustbench_lite.zoo.cards import WEIGHTS, entry_folder
 
-__all__ = ["OWN", "Done", "evaluate_job", "key_of", "plain_config", "served"]
+__all__ = ["OWN", "Done", "checked_config", "evaluate_job", "key_of", "plain_config", "served"]
 
 OWN = "own"  # model.weights of a net that loads them itself
 _SETTINGS = (
@@ -38,7 +38,7 @@ _SETTINGS = (
 _PRECISIONS = ("auto", "float32", "float64")
 _IGNORED = ("attack", "attacks", "certifier", "certifiers")  # at the top level nobody would read them
 _NOT_KEYED = (  # no answer depends on them; what a limit or a budget leaves unfinished has no receipt
-    "store", "device", "batch_size", "usual_eps", "experiment", "shards", "shard", "time_limit", "budget",
+    "store", "device", "batch_size", "usual_eps", "experiment", "shards", "shard", "time_limit", "budget", "forecast",
 )  # fmt: skip
 
 
@@ -72,8 +72,7 @@ def evaluate_job(config: DictConfig, number: int = 0) -> Done:
         ValueError: neither a defense nor a model, or settings that make no sense.
         Exception: what the evaluation raises.
     """
-    plain = plain_config(config)
-    _check(plain)
+    plain = checked_config(config)
     done = served(plain)
     if done is not None:
         return done
@@ -96,6 +95,13 @@ def served(plain: Mapping[str, Any]) -> Done | None:
     receipt = receipts.find(store, key) if store and key else None
     report = receipts.report_of(receipt, store) if store and receipt else None
     return None if report is None else Done(report, True, receipt)
+
+
+def checked_config(config: DictConfig) -> dict[str, Any]:
+    """Return a job's configuration as plain data, once it makes sense; raises what `evaluate_job` does."""
+    plain = plain_config(config)
+    _check(plain)
+    return plain
 
 
 def plain_config(config: DictConfig) -> dict[str, Any]:

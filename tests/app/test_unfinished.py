@@ -81,3 +81,23 @@ def test_what_makes_no_sense_is_refused(rbl, setting: str, message: str) -> None
     status, _, err = rbl("evaluate", *NET, setting)
     assert status == 2
     assert message in err
+
+
+@pytest.mark.parametrize("multirun", [False, True])
+def test_a_forecast_writes_nothing(rbl, folder: Path, multirun: bool) -> None:
+    sweep = ["--multirun", "seed=0,1"] if multirun else []
+    status, out, err = rbl("evaluate", *sweep, *NET, *SMALL, "forecast=true")
+    assert (status, err) == (0, "")
+    assert out.count("forecast: Net, 20 samples") == (2 if multirun else 1)
+    assert "PGD(steps=3, loss=margin)" in out and "peak MiB" in out
+    assert not (folder / "results").exists()
+    refused = rbl("evaluate", *NET, "forecast=true", "shard=0", "shards=2")
+    assert refused[0] == 2
+    assert "a forecast is about the whole run" in refused[2]
+
+
+def test_a_forecast_of_a_finished_run_has_nothing_to_compute(rbl) -> None:
+    rbl("evaluate", *NET, *SMALL)
+    status, out, _ = rbl("evaluate", *NET, *SMALL, "forecast=true")
+    assert status == 0
+    assert "nothing to compute" in out
