@@ -17,6 +17,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from robustbench_lite import zoo
+from robustbench_lite.app.arguments import WITH_VALUE
 from robustbench_lite.app.errors import explain
 from robustbench_lite.app.launching import above_launchers
 from robustbench_lite.app.sweeps import folder_for
@@ -27,10 +28,6 @@ CONFIG_PATH = "pkg://robustbench_lite.conf"
 _RANKED = ("evaluate", "leaderboard")  # their sweeps end in a table, made from what the jobs leave in a folder
 _FORECAST = {"forecast=true", "forecast=True"}  # then nothing is written
 _DATA = "RBL_DATA"
-_WITH_VALUE = (
-    "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
-    "--experimental-rerun",
-)  # fmt: skip
 ZOO_OF = {"mnist5k": "mnist"}  # data sets that are slices of another one, whose defenses they judge
 
 
@@ -78,7 +75,7 @@ def _arranged(arguments: Sequence[str], sweep: str) -> list[str]:
     flags: list[str] = []
     overrides: list[str] = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
-        (flags if argument.startswith("-") or before in _WITH_VALUE else overrides).append(argument)
+        (flags if argument.startswith("-") or before in WITH_VALUE else overrides).append(argument)
     if not any(override.startswith("hydra.sweep.dir=") for override in overrides):
         overrides.append(f"hydra.sweep.dir={sweep}")
     return [*flags, *overrides]

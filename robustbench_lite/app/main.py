@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ from robustbench_lite.core.errors import suggest
 
 __all__ = ["COMMANDS", "HELP", "main"]
 
-COMMANDS = ("evaluate", "leaderboard", "train", "list", "verify", "selftest")
+COMMANDS = ("evaluate", "leaderboard", "train", "list", "table", "diff", "verify", "submit", "store", "selftest")
 
 HELP = """\
 rbl: attack and proof in one honest, per-sample, audited table
@@ -21,7 +22,11 @@ rbl: attack and proof in one honest, per-sample, audited table
   rbl evaluate model._target_=my_package.nets.Net model.weights=net.safetensors
   rbl train defense=ibp_training         train a net by an objective
   rbl list [attacks]                     what there is: attacks, certifiers, defenses, threats, data, models, suites
-  rbl verify [store=results]             re-check every stored adversarial example
+  rbl table [STORE]                      the tables of all that a store holds; also as files
+  rbl diff STORE_A STORE_B               what changed between two stores, and whether it is significant
+  rbl verify [STORE]                     re-check every stored record and adversarial example, and every table
+  rbl submit FILE.npz --defense NAME     judge adversarial examples from outside; keep those that beat the store
+  rbl store compact [STORE]              merge the small files of a store
   rbl selftest                           planted masks: each must be flagged, and fall
 
 Settings are Hydra overrides: threat.eps=8/255, suite.attacks.pgd.steps=100, +attack@suite.attacks.mine=bim.
@@ -49,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"rbl {__version__}")
         return 0
+    # OpenMP threads that spin for each other stand still where another process has one of the cores: 250 s for a row
+    # that takes 21 s when they sleep. It is read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with report_errors(debug) as outcome:
         outcome.status = _run(arguments[0], arguments[1:])
     return outcome.status

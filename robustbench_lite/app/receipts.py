@@ -18,7 +18,9 @@ import pandas as pd
 
 from robustbench_lite.evaluation.audit import SAMPLE, audit
 from robustbench_lite.evaluation.files import put
-from robustbench_lite.evaluation.flags import Flag
+from robustbench_lite.evaluation.flags import Flag, submitted_beats_attacks
+from robustbench_lite.evaluation.handed import outsiders, with_submitted
+from robustbench_lite.evaluation.records import SUBMITTED
 from robustbench_lite.evaluation.report import NotApplicable, Report
 from robustbench_lite.evaluation.store import Store
 from robustbench_lite.evaluation.unfinished import Unfinished
@@ -60,12 +62,16 @@ class Receipt:
 
 
 def receipt_of(report: Report, config: Mapping[str, Any], store: Path) -> Receipt | None:
-    """Return the receipt of a report whose rows are all in the store; None where they are not."""
-    first = report.records.iloc[0]
+    """Return the receipt of a report whose rows are all in the store; None where they are not.
+
+    Submitted rows are none of its own: whoever reads it finds those that are there by then.
+    """
+    own = report.records[(report.records["status"] != SUBMITTED).fillna(True).astype(bool)]
+    first = own.iloc[0]
     model = {name: _plain(first[name]) for name in _MODEL}
     cells = _cells(store, model)
     methods = []
-    for key, rows in report.records.groupby(_METHOD, sort=False, dropna=False):
+    for key, rows in own.groupby(_METHOD, sort=False, dropna=False):
         named = {name: _plain(value) for name, value in zip(_METHOD, key, strict=True)}
         methods.append(named | {"cells": cells.get(_key(named), []), "indices": _ranges(sorted(rows["index"]))})
     receipt = Receipt(
@@ -73,9 +79,9 @@ def receipt_of(report: Report, config: Mapping[str, Any], store: Path) -> Receip
         str(first["defense"]),
         model,
         methods,
-        _samples(report.records),
+        _samples(own),
         [[name, eps] for name, eps in report.threats],
-        [asdict(note) for note in report.notes],
+        [asdict(note) for note in report.notes if note.id != submitted_beats_attacks.__name__],
         [asdict(part) for part in report.not_applicable],
         [asdict(part) for part in report.unfinished],
     )
@@ -97,12 +103,13 @@ def report_of(receipt: Receipt, store: Path) -> Report | None:
         if rows is None:
             return None
         frames.append(rows)
-    records = pd.concat(frames, ignore_index=True)
+    threats = [(name, eps) for name, eps in receipt.threats]
+    records = with_submitted(opened, pd.concat(frames, ignore_index=True), threats)
     found = audit(records)
     return Report(
         records,
-        [(name, eps) for name, eps in receipt.threats],
-        [Flag(**note) for note in receipt.notes],
+        threats,
+        [*(Flag(**note) for note in receipt.notes), *outsiders(records)],
         found.violations,
         found.findings,
         [NotApplicable(**part) for part in receipt.not_applicable],

@@ -14,6 +14,7 @@ import pandas as pd
 
 from robustbench_lite.evaluation.audit import SAMPLE
 from robustbench_lite.evaluation.examples import Examples
+from robustbench_lite.evaluation.handed import Submitted
 from robustbench_lite.evaluation.specs import build, canonical, title
 from robustbench_lite.evaluation.store import Part
 
@@ -85,6 +86,8 @@ def _method(identity: dict[str, Any]) -> str | None:
         method = build(identity["method"])
     except (TypeError, ValueError):
         return None
+    if isinstance(method, Submitted):
+        return method.title
     queries = identity["settings"].get("max_queries")
     return title(method, max_queries=queries) if identity["kind"] == "attack" else title(method)
 

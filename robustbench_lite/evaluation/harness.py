@@ -23,6 +23,7 @@ from robustbench_lite.evaluation.blocks import Block, block_after_block, cut, wh
 from robustbench_lite.evaluation.budget import Budget, Purse
 from robustbench_lite.evaluation.cells import Cell
 from robustbench_lite.evaluation.flags import Flag, non_finite, unfinished
+from robustbench_lite.evaluation.handed import outsiders, with_submitted
 from robustbench_lite.evaluation.ledger import Ledger
 from robustbench_lite.evaluation.plan import MODES, Plan, Task, with_own
 from robustbench_lite.evaluation.records import empty_records, to_frame
@@ -129,12 +130,12 @@ def evaluate(
     if adaptive:
         attacks, certifiers = with_own(model, threats, attacks, certifiers)
     plan = Plan.of(threats, attacks, certifiers, max_queries)
-    samples = as_samples(data, plan.bounds)
+    samples = as_samples(data, plan.bounds).in_batches(batch_size)
     subject = Subject.of(model, name, device, precision)
     if shard is not None:
         check_shards(shard[1])
         check_shard(*shard)
-        samples = samples.take(share(samples.indices, *shard, batch_size))
+        samples = samples.take(share(samples, *shard))
     opened = store if isinstance(store, Store) or store is None else Store(store)
     with closing(_runner(subject, plan, samples.name, seed, time_limit)) as runner:
         notes = [] if shard else _looked(runner, samples, seed, subject.name)
@@ -264,7 +265,9 @@ def _report(
     witnesses: Witnesses,
 ) -> Report:
     """Audit the whole and keep the flags."""
-    store, broken, found = ledger.store, non_finite(records), witnesses.attach(audits.audit(records))
+    store = ledger.store
+    records = records if store is None else with_submitted(store, records, plan.names)
+    broken, found = non_finite(records), witnesses.attach(audits.audit(records))
     if store is not None:
         first = records.iloc[0]
         try:
@@ -274,7 +277,7 @@ def _report(
     report = Report(
         records,
         plan.names,
-        [*notes, *([broken] if broken else []), *_left(ledger)],
+        [*notes, *([broken] if broken else []), *outsiders(records), *_left(ledger)],
         found.violations,
         found.findings,
         [*plan.not_applicable, *refused],

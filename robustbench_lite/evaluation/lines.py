@@ -124,6 +124,12 @@ class Line:
         """What became of each sample; None where nothing was attacked."""
         return Outcomes(self.names, self.standing) if self.of("attack") else None
 
+    @property
+    def outsiders(self) -> Mask:
+        """Bool (n,): submitted examples broke what every attack left standing."""
+        attacked = self.correct & ~_any([seen.won for seen in self.attacks.values()], self.n)
+        return attacked & ~self.standing
+
     def figures(self) -> dict[str, Any]:
         """Return the columns that are measured."""
         standing, attacks = self.standing, self.of("attack")
@@ -216,6 +222,7 @@ def to_summary(lines: Iterable[Line], flags: Flags, invalid: set[tuple[Any, ...]
         key, figures = line.key, line.figures()
         notes = [note for note in flags.get((key["fingerprint"], key["dataset"]), ()) if _about(note, key)]
         raised = [note["id"] for note in notes if note.get("raised", True)] + ["non_finite"] * line.non_finite
+        raised += ["submitted_beats_attacks"] * bool(line.outsiders.any())
         sound = not raised and bool(line.attacks) and figures["incomplete"] == 0
         verdict = "reliable" if sound and any(note["id"] == PROBED for note in notes) else "doubtful"
         verdict = "invalid" if line.group in invalid else verdict

@@ -43,6 +43,7 @@ from robustbench_lite.evaluation.subject import Subject
 __all__ = ["Input", "Submission", "submit"]
 
 _BATCH = 250
+_ROUNDS = 10  # votes on a randomised defense begin where one draw fooled it: no example shall fail by that draw alone
 _CLOSER = 1e-6  # by how much nearer, relatively, an example must lie to be news
 
 
@@ -149,9 +150,10 @@ class _Replay(Attack):
         return True
 
     def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
-        rows = oracle.standing(oracle.judge_cost)
-        if len(rows):
-            oracle.judge(self.points[rows], rows)
+        for _ in range(_ROUNDS if oracle.stochastic else 1):
+            rows = oracle.standing(oracle.judge_cost)
+            if len(rows):
+                oracle.judge(self.points[rows], rows)
         return oracle.best
 
 
