@@ -23,7 +23,7 @@ import pyarrow as pa
 from robustbench_lite.evaluation.records import SCHEMA
 from robustbench_lite.evaluation.specs import canonical
 
-__all__ = ["BLOCK", "Cell", "SampleNames", "batch_of", "block_of", "sample_keys"]
+__all__ = ["BLOCK", "Cell", "SampleNames", "block_of", "sample_keys"]
 
 BLOCK = 500  # dataset indices in one file: fixed, so that every run, whatever its slice, cuts alike
 
@@ -50,15 +50,6 @@ class SampleNames(Protocol):
 def block_of(indices: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Return the number of the block that each dataset index belongs to."""
     return indices // BLOCK
-
-
-def batch_of(indices: np.ndarray[Any, Any], batch_size: int) -> np.ndarray[Any, Any]:
-    """Return the number of the batch, within its block, that each dataset index belongs to.
-
-    Batches are cut at fixed indices, not by counting what there is to compute: a batch holds the same samples whether
-    one process sees the whole block or several share it, so that rounding and a stochastic model's draws are the same.
-    """
-    return indices % BLOCK // batch_size
 
 
 def sample_keys(rows: pa.Table) -> list[tuple[int, str, int]]:

@@ -14,7 +14,7 @@ from numpy import append, arange, array, diff, flatnonzero, int64, searchsorted
 
 from robustbench_lite.core.errors import NotApplicableError
 from robustbench_lite.evaluation.budget import Budget, Purse
-from robustbench_lite.evaluation.cells import Cell, batch_of, block_of, sample_keys
+from robustbench_lite.evaluation.cells import Cell, block_of, sample_keys
 from robustbench_lite.evaluation.examples import Examples
 from robustbench_lite.evaluation.methods import Outcome
 from robustbench_lite.evaluation.plan import Task
@@ -36,7 +36,7 @@ class Ledger:
     Args:
         store: where rows are kept; None: nowhere.
         device: where they are computed; it is recorded.
-        batch_size: samples in one call of a method, at most; the cuts are at fixed indices (`cells.batch_of`).
+        batch_size: samples in one call of a method, at most.
         runner: runs methods.
         purse: what may be spent; None: anything.
 
@@ -130,7 +130,7 @@ class Ledger:
             self.wrote = True
         self.runner.begin()
         found: list[Outcome] = []
-        start, ends = 0, append(flatnonzero(diff(batch_of(part.indices, self.batch_size))) + 1, len(part))
+        start, ends = 0, append(flatnonzero(diff(part.batch)) + 1, len(part))
         try:
             while start < len(part):
                 size = self._size(task.cell, int(ends[searchsorted(ends, start, side="right")]) - start)

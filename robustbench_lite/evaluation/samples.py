@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 from robustbench_lite.core.checks import check_images, check_labels
 from robustbench_lite.data.base import Dataset
 from robustbench_lite.data.hashing import hash_images
+from robustbench_lite.evaluation.cells import block_of
 
 __all__ = ["Samples", "as_samples"]
 
@@ -27,6 +28,7 @@ class Samples:
         y: int64 (N,).
         indices: int64 (N,), their numbers in the whole data set.
         hashes: one image hash a sample.
+        batch: int64 (N,), the batch of its block that each belongs to.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Samples:
     y: Tensor
     indices: np.ndarray[Any, Any]
     hashes: list[str]
+    batch: np.ndarray[Any, Any]
 
     @property
     def targets(self) -> np.ndarray[Any, Any]:
@@ -45,6 +48,18 @@ class Samples:
         digests = (hashlib.blake2b(f"{purpose} {seed} {name}".encode(), digest_size=8).digest() for name in self.hashes)
         return np.array([int.from_bytes(digest, "big") / 2**64 for digest in digests])
 
+    def in_batches(self, size: int) -> Samples:
+        """Return the samples with batches: in each block, in the order of indices, so many at a time.
+
+        They are cut once, for all samples of an evaluation. What of them is computed together later, by one process or
+        by several, lies in one batch, so that rounding and the draws of a stochastic model are the same.
+        """
+        order = np.argsort(self.indices, kind="stable")
+        blocks, places = block_of(self.indices[order]), np.arange(len(self))
+        batch = np.empty_like(places)
+        batch[order] = (places - np.searchsorted(blocks, blocks)) // size
+        return replace(self, batch=batch)
+
     def __len__(self) -> int:
         return len(self.hashes)
 
@@ -53,7 +68,12 @@ class Samples:
         places = np.flatnonzero(rows) if rows.dtype == bool else rows
         chosen = torch.from_numpy(places)
         return Samples(
-            self.name, self.x[chosen], self.y[chosen], self.indices[places], [self.hashes[i] for i in places]
+            self.name,
+            self.x[chosen],
+            self.y[chosen],
+            self.indices[places],
+            [self.hashes[i] for i in places],
+            self.batch[places],
         )
 
 
@@ -71,7 +91,7 @@ def as_samples(data: Dataset | tuple[Tensor, Tensor], bounds: tuple[float, float
         if len(x) == 0:
             raise ValueError("there are no samples to evaluate on")
         images = x.detach().cpu().float()
-        return Samples("custom", images, y.cpu(), np.arange(len(x)), hash_images(images))
+        return Samples("custom", images, y.cpu(), np.arange(len(x)), hash_images(images), _one_batch(len(x)))
     if not isinstance(data, Dataset):
         raise TypeError(
             f"data must be a Dataset, as load_data('digits') returns it, or two tensors (images, labels), got "
@@ -82,4 +102,9 @@ def as_samples(data: Dataset | tuple[Tensor, Tensor], bounds: tuple[float, float
     if len(np.unique(indices)) < len(indices):
         raise ValueError("an index comes twice in the data: each sample must be there once")
     name = data.name if data.split == "test" else f"{data.name}/{data.split}"
-    return Samples(name, data.images.cpu(), data.labels.cpu(), indices, list(data.sample_hashes))
+    hashes = list(data.sample_hashes)
+    return Samples(name, data.images.cpu(), data.labels.cpu(), indices, hashes, _one_batch(len(hashes)))
+
+
+def _one_batch(samples: int) -> np.ndarray[Any, Any]:
+    return np.zeros(samples, dtype=np.int64)

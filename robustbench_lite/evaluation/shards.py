@@ -1,16 +1,19 @@
 """Shards: which samples of an evaluation each of several processes takes.
 
-The unit is a batch, cut at fixed indices as blocks are (`cells.batch_of`): what a sample meets does not depend on who
-computes it. Each shard takes batches that follow each other, so that most blocks have one writer.
+The unit is a batch (`Samples.in_batches`): what a sample meets does not depend on who computes it. Each shard takes
+batches that follow each other, so that most blocks have one writer.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from robustbench_lite.evaluation.cells import BLOCK, batch_of, block_of
+from robustbench_lite.evaluation.cells import BLOCK, block_of
+
+if TYPE_CHECKING:
+    from robustbench_lite.evaluation.samples import Samples
 
 __all__ = ["check_shard", "check_shards", "share"]
 
@@ -35,17 +38,14 @@ def check_shard(shard: Any, shards: int) -> None:
         raise ValueError(f"with shards={shards} a shard is a whole number from 0 to {shards - 1}, got {shard!r}")
 
 
-def share(
-    indices: np.ndarray[Any, Any], shard: int, shards: int, batch_size: int
-) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Return which samples belong to a shard, bool (N,); none where there are fewer batches than shards before it.
+def share(samples: Samples, shard: int, shards: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Return which samples belong to a shard, bool (N,); none for some shards where there are fewer batches.
 
     Args:
-        indices: dataset indices of all samples of the evaluation, int64 (N,).
+        samples: all samples of the evaluation, in batches.
         shard: from 0 to shards - 1.
         shards: how many there are.
-        batch_size: of the evaluation.
     """
-    units, unit = np.unique(block_of(indices) * BLOCK + batch_of(indices, batch_size), return_inverse=True)
+    units, unit = np.unique(block_of(samples.indices) * BLOCK + samples.batch, return_inverse=True)
     mine: np.ndarray[Any, np.dtype[np.bool_]] = unit * shards // len(units) == shard
     return mine
