@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 
 from robustbench_lite.core.errors import NotApplicableError
 from robustbench_lite.core.threats import Threat
-from robustbench_lite.evaluation.cells import batch_of, block_of
+from robustbench_lite.evaluation.cells import block_of
 from robustbench_lite.evaluation.meter import Line, Taken, measured
 from robustbench_lite.evaluation.plan import Plan, Task, with_own
 from robustbench_lite.evaluation.samples import Samples, as_samples
@@ -127,7 +127,8 @@ def forecast(
     given = list(attacks), list(certifiers)
     methods = with_own(model, threats, *given) if adaptive else given
     plan = Plan.of(threats, *methods, max_queries)
-    samples, subject = as_samples(data, plan.bounds), Subject.of(model, name, device, precision)
+    samples = as_samples(data, plan.bounds).in_batches(batch_size)
+    subject = Subject.of(model, name, device, precision)
     there = Store(store) if store is not None and Path(store).is_dir() else None
     drawn = np.argsort(samples.lots("forecast", seed))[: SIZES[-1]]
     few = samples.take(drawn[np.argsort(samples.indices[drawn])])
@@ -135,7 +136,7 @@ def forecast(
     tasks = plan.tasks(subject, samples.name, seed)
     if mode == "cascade":
         tasks = [tasks[0], *sorted(tasks[1:], key=lambda task: (task.threat, task.stage))]
-    cells = [_expected(task, samples, there, course, subject, batch_size) for task in tasks]
+    cells = [_expected(task, samples, there, course, subject) for task in tasks]
     return Forecast(cells, str(subject.device), len(samples), time.perf_counter() - start)
 
 
@@ -174,9 +175,7 @@ class _Course:
         return self._settled.setdefault(task.threat, (nobody, nobody.copy()))
 
 
-def _expected(
-    task: Task, samples: Samples, store: Store | None, course: _Course, subject: Subject, batch_size: int
-) -> Expected:
+def _expected(task: Task, samples: Samples, store: Store | None, course: _Course, subject: Subject) -> Expected:
     """Run a cell on the few samples that it meets, and return what its missing rows will take."""
     cell, known = task.cell, _known(task, samples, store)
     met = course.meets(task)
@@ -188,7 +187,7 @@ def _expected(
         return Expected(cell.threat, cell.eps, cell.method, 0, 0, applies=False)
     course.learn(task, rows)
     share = float(met.mean())
-    sizes = [size * share for size in _batches(samples.take(~known), batch_size)]
+    sizes = [size * share for size in _batches(samples.take(~known))]
     time_of = Line.through([(run.count, run.seconds) for run in taken])
     peaks = [(run.count, float(run.peak)) for run in taken if run.peak is not None]
     return Expected(
@@ -235,9 +234,9 @@ def _known(task: Task, samples: Samples, store: Store | None) -> _Mask:
     return np.array([name in stored for name in names], dtype=bool)
 
 
-def _batches(samples: Samples, batch_size: int) -> list[int]:
+def _batches(samples: Samples) -> list[int]:
     """Return the sizes of the batches that these samples are cut into."""
-    places = np.stack([block_of(samples.indices), batch_of(samples.indices, batch_size)], axis=1)
+    places = np.stack([block_of(samples.indices), samples.batch], axis=1)
     return [int(count) for count in np.unique(places, axis=0, return_counts=True)[1]]
 
 
