@@ -33,11 +33,13 @@ class Comparison:
 
     Attributes:
         common: int (L, L), how many samples both have.
+        both: int (L, L), on how many of them both stand.
         only: int (L, L), on how many of them the first stands and the second does not.
         p: (L, L), p-values corrected for the number of pairs; 1 on the diagonal, and where nothing is shared.
     """
 
     common: np.ndarray[Any, Any]
+    both: np.ndarray[Any, Any]
     only: np.ndarray[Any, Any]
     p: _Real
 
@@ -80,11 +82,13 @@ def compare(lines: Sequence[Outcomes]) -> Comparison:
     for row, (line, place) in enumerate(zip(lines, places, strict=True)):
         seen[row, place] = 1.0
         standing[row, place] = line.standing
-    common, only = (seen @ seen.T).astype(np.int64), (standing @ (seen - standing).T).astype(np.int64)
+    common, both, only = (
+        np.rint(a @ b.T).astype(np.int64) for a, b in ((seen, seen), (standing, standing), (standing, seen - standing))
+    )
     rows, columns = np.triu_indices(len(lines), k=1)
     p = np.ones((len(lines), len(lines)))
     p[rows, columns] = p[columns, rows] = holm(mcnemar(only[rows, columns], only[columns, rows]))
-    return Comparison(common, only, p)
+    return Comparison(common, both, only, p)
 
 
 def _places(names: Sequence[Names]) -> tuple[list[np.ndarray[Any, Any]], int]:

@@ -1,13 +1,17 @@
-"""Sheets as files: CSV with every digit, Markdown and LaTeX as on the screen."""
+"""Sheets as files: CSV and JSON with every digit, Markdown and LaTeX as on the screen."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
 
 from robustbench_lite.core.files import write_atomically
 from robustbench_lite.report.sheet import TEXT_COLUMNS, Cell, Sheet
 
-__all__ = ["to_csv", "to_latex", "to_markdown", "write_tables"]
+__all__ = ["FORMATS", "to_csv", "to_json", "to_latex", "to_markdown", "write_tables"]
 
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
@@ -17,7 +21,14 @@ _LATEX = {
 
 def to_csv(sheet: Sheet) -> str:
     """Return the rows of the summary with their rank: shares in [0, 1], every digit, empty where not applicable."""
-    return sheet.frame.assign(rank=sheet.frame["rank"].astype("Int64")).to_csv(index=False, lineterminator="\n")
+    whole = {name: sheet.frame[name].astype("Int64") for name in ("rank",) if name in sheet.frame}
+    return sheet.frame.assign(**whole).to_csv(index=False, lineterminator="\n")
+
+
+def to_json(sheet: Sheet) -> str:
+    """Return title and rows as JSON: shares in [0, 1], every digit, null where not applicable."""
+    rows = [{str(name): _plain(value) for name, value in row.items()} for row in sheet.frame.to_dict("records")]
+    return json.dumps({"title": sheet.title, "rows": rows}, indent=1, allow_nan=False) + "\n"
 
 
 def to_markdown(sheet: Sheet) -> str:
@@ -50,14 +61,24 @@ def to_latex(sheet: Sheet) -> str:
     return "\n".join(lines) + "\n"
 
 
+FORMATS = {"csv": to_csv, "json": to_json, "md": to_markdown, "tex": to_latex}
+"""What writes a sheet, by the ending of the file."""
+
+
 def write_tables(sheet: Sheet, folder: Path) -> list[Path]:
-    """Write `<slug>.csv`, `.md` and `.tex` into a folder, each whole or not at all, and return their paths."""
+    """Write `<slug>.csv`, `.json`, `.md` and `.tex` into a folder, each whole or not at all, and return their paths."""
     written = []
-    for ending, text in (("csv", to_csv(sheet)), ("md", to_markdown(sheet)), ("tex", to_latex(sheet))):
+    for ending, text in FORMATS.items():
         path = folder / f"{sheet.slug}.{ending}"
-        write_atomically(path, text.encode())
+        write_atomically(path, text(sheet).encode())
         written.append(path)
     return written
+
+
+def _plain(value: Any) -> Any:
+    if value is None or pd.isna(value):
+        return None
+    return value.item() if hasattr(value, "item") else value
 
 
 def _in_line(cell: Cell) -> str:

@@ -16,14 +16,14 @@ from robustbench_lite.evaluation.summary import outcomes_of
 if TYPE_CHECKING:
     from robustbench_lite.evaluation.report import Report
 
-__all__ = ["NOT_APPLICABLE", "TEXT_COLUMNS", "Cell", "Sheet", "rank", "sheets", "table_of"]
+__all__ = ["NOT_APPLICABLE", "TEXT_COLUMNS", "Cell", "Sheet", "number", "p_text", "rank", "sheets", "table_of"]
 
 NOT_APPLICABLE = "n/a"
-TEXT_COLUMNS = ("defense", "verdict", "flags")
+TEXT_COLUMNS = ("defense", "threat", "change", "verdict", "flags", "source")
 _GROUP = ["dataset", "threat", "eps", "n"]
 _BEFORE = ("dataset", "defense", "fingerprint", "threat", "eps", "seed", "precision", "n", "mode", "clean")
 _FIGURES = ("certified", "certified_probabilistic", "gap", "spared", "coverage", "auc", "timeouts", "incomplete")
-_AFTER = (*_FIGURES, "unfinished", "verdict", "flags")
+_AFTER = (*_FIGURES, "unfinished", "verdict", "flags", "source")
 _SUMS = ("clean", "worst_case", "certified")
 _HEADERS = {"worst_case": "robust", "certified_probabilistic": "certified (prob.)", "p_above": "p"}
 _OPTIONAL = (  # shown where there is something to show
@@ -96,12 +96,14 @@ def rank(summary: Summary) -> pd.DataFrame:
     return ordered[["rank", "p_above", *table.columns]]
 
 
-def sheets(summaries: Iterable[Summary]) -> Iterator[Sheet]:
+def sheets(summaries: Iterable[Summary], published: pd.DataFrame | None = None) -> Iterator[Sheet]:
     """Yield one sheet for each data set, threat, eps and number of samples.
 
     Args:
         summaries: results of `table_of` or `scan`. A method that one of them names stays in the sheets of its rows,
             even where it has no figure: n/a. One that is meant for another threat is left out.
+        published: rows of others (`published.py`); they stand below ours of the same data set, threat and eps, marked
+            as published, with their source and without a rank.
     """
     groups: dict[tuple[Any, ...], list[tuple[pd.DataFrame, list[Outcomes | None]]]] = {}
     for summary in summaries:
@@ -115,11 +117,29 @@ def sheets(summaries: Iterable[Summary]) -> Iterator[Sheet]:
     for (dataset, threat, eps, n), found in frames.items():
         empty = [name for name in told & set(_methods(found)) if found[name].isna().all()]
         outcomes = [own for _, few in groups[dataset, threat, eps, n] for own in few]
-        frame = rank(Summary(found.drop(columns=empty), outcomes))
+        own = rank(Summary(found.drop(columns=empty), outcomes))
         title, slug = _names(str(dataset), threat, eps, n)
-        columns, named = _shown(frame), frame.assign(defense=_told_apart(frame))
+        theirs = _beside(published, dataset, threat, eps)
+        frame = own if theirs is None else _below(own, theirs)
+        called = [*_told_apart(own), *frame["defense"].iloc[len(own) :]]
+        columns, named = _shown(frame), frame.assign(defense=called)
         cells = [[_cell(row, column) for column in columns] for _, row in named.iterrows()]
         yield Sheet(title, slug, [_HEADERS.get(column, column) for column in columns], cells, frame)
+
+
+def _beside(published: pd.DataFrame | None, dataset: Any, threat: Any, eps: Any) -> pd.DataFrame | None:
+    """Return the published rows about this data set, threat and eps, best first; None where there are none."""
+    if published is None or eps is None:
+        return None
+    same = (published["dataset"] == dataset) & (published["threat"] == threat) & np.isclose(published["eps"], eps)
+    rows = published[same].sort_values("worst_case", ascending=False, kind="stable")
+    return rows if len(rows) else None
+
+
+def _below(own: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
+    columns = list(dict.fromkeys([*own.columns, *theirs.columns]))
+    records = [row for part in (own, theirs) for row in part.astype(object).to_dict("records")]
+    return pd.DataFrame(records, columns=columns).infer_objects()
 
 
 def _methods(frame: pd.DataFrame) -> list[str]:
@@ -145,17 +165,22 @@ def _stacked(parts: list[pd.DataFrame]) -> pd.DataFrame:
 def _names(dataset: str, threat: str | None, eps: float | None, n: int) -> tuple[str, str]:
     if threat is None:
         return f"{dataset}, {n} samples, no threat", f"{_slug(dataset)}-clean-{n}"
-    budget = "" if eps is None else f" eps {_number(eps)}"
+    budget = "" if eps is None else f" eps {number(eps)}"
     return f"{dataset}, {threat}{budget}, {n} samples", f"{_slug(f'{dataset}-{threat}{budget}')}-{n}"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Return a number in few characters that no other number shares: 0.1, 8/255, 0.031372549."""
     if float(f"{value:.4g}") == value:
         return f"{value:.4g}"
     if round(value * 255) / 255 == value:
         return f"{round(value * 255)}/255"
     return f"{value:.12g}" if float(f"{value:.12g}") == value else repr(float(value))
+
+
+def p_text(value: float) -> str:
+    """Return a p-value as tables show it."""
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _slug(text: str) -> str:
@@ -174,7 +199,9 @@ def _shown(frame: pd.DataFrame) -> list[str]:
     worst, end = measured.index("worst_case"), measured.index("certified")
     attacks, certifiers = measured[1:worst], measured[worst + 1 : end]
     certifiers = certifiers if len(certifiers) > 1 else []  # one alone is the column "certified"
-    shown = (name for name in _AFTER if name != "unfinished")  # that stands where the figure would
+    shown = (
+        name for name in _AFTER if name in frame.columns and name != "unfinished"
+    )  # that stands where the figure would
     after = [name for name in shown if name not in _OPTIONAL or _says_something(frame[name])]
     first = ["rank", "p_above", "defense"] if len(frame) > 1 else ["defense"]
     return [*first, "clean", *attacks, "worst_case", *certifiers, *after]
@@ -197,7 +224,7 @@ def _cell(row: pd.Series[Any], column: str) -> Cell:
     if column in ("rank", "timeouts", "incomplete"):
         return Cell(f"{int(value)}")
     if column == "p_above":
-        return Cell("<0.001" if value < 0.001 else f"{value:.3f}")
+        return Cell(p_text(value))
     if isinstance(value, str):
         return Cell(value)
     if column == "auc":
@@ -205,4 +232,4 @@ def _cell(row: pd.Series[Any], column: str) -> Cell:
     if column in ("gap", "spared", "coverage"):
         return Cell(f"{100 * value:.1f}")
     low, high = row[f"{column}_low"], row[f"{column}_high"]
-    return Cell(f"{100 * value:.1f}", f"{100 * low:.1f}-{100 * high:.1f}")
+    return Cell(f"{100 * value:.1f}", "" if pd.isna(low) else f"{100 * low:.1f}-{100 * high:.1f}")

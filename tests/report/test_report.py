@@ -96,7 +96,7 @@ def test_every_budget_has_files_and_a_title_of_its_own(tmp_path: Path) -> None:
     budgets = [8 / 255, 0.03137, 0.0314, 0.031372549, 0.1, 0.1 + 1e-13, 2.0, 12.345678]
     found = list(sheets([summary("a", 0.5, eps=eps) for eps in budgets]))
     assert len({sheet.title for sheet in found}) == len(budgets)
-    assert len({path for sheet in found for path in write_tables(sheet, tmp_path)}) == 3 * len(budgets)
+    assert len({path for sheet in found for path in write_tables(sheet, tmp_path)}) == 4 * len(budgets)
     assert [sheet.title.split(",")[1] for sheet in found[:2]] == [" linf eps 8/255", " linf eps 0.03137"]
     assert [float(sheet.frame["eps"].iloc[0]) for sheet in found] == budgets
 
@@ -177,5 +177,5 @@ def test_the_screen_shows_every_figure(width: int | None) -> None:
 def test_files(tmp_path: Any) -> None:
     (sheet,) = sheets([summary("a", 0.5)])
     paths = write_tables(sheet, tmp_path / "tables")
-    assert sorted(path.suffix for path in paths) == [".csv", ".md", ".tex"]
+    assert sorted(path.suffix for path in paths) == [".csv", ".json", ".md", ".tex"]
     assert sorted((tmp_path / "tables").iterdir()) == sorted(paths)
