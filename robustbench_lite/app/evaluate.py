@@ -58,7 +58,7 @@ def _sweep_job(config: DictConfig) -> int:
     start, shard = time.perf_counter(), config.shard is not None
     try:
         done = evaluate_job(config, num)
-        if done.problem if shard else done.receipt is None:
+        if done.receipt is None and not shard:
             raise RuntimeError(done.problem or "its rows cannot be read back from the store")
     except (Exception, SystemExit) as error:  # a net that exits has failed like any other
         message = explain(error) or f"{type(error).__name__}: {error}"
@@ -67,7 +67,8 @@ def _sweep_job(config: DictConfig) -> int:
         return 1
     receipt = None if shard or done.receipt is None else asdict(done.receipt)
     told = "\n".join(part.traceback for part in done.report.unfinished if part.traceback)
-    sweeps.record(folder, sweeps.Ended(num, overrides, receipt, done.problem if told else "", told, shard))
+    error = done.problem if told or shard else ""
+    sweeps.record(folder, sweeps.Ended(num, overrides, receipt, error, told, shard))
     name = done.receipt.defense if done.receipt else f"{_subject(config)}, shard {config.shard} of {config.shards}"
     if done.problem or done.note:
         print(f"  {name}: {done.problem or done.note}", file=sys.stderr)

@@ -270,7 +270,7 @@ def _evaluate(plain: dict[str, Any]) -> tuple[Report, str]:
     except UnsavedError as error:
         return error.report, str(error)
     except EvaluationError as error:
-        if error.report is None or plain["shard"] is not None:
+        if error.report is None:
             raise
         return error.report, str(error)
     return report, _left(report)
