@@ -67,8 +67,8 @@ def _sweep_job(config: DictConfig) -> int:
         return 1
     receipt = None if shard or done.receipt is None else asdict(done.receipt)
     told = "\n".join(part.traceback for part in done.report.unfinished if part.traceback)
-    error = done.problem if told or shard else ""
-    sweeps.record(folder, sweeps.Ended(num, overrides, receipt, error, told, shard))
+    problem = done.problem if told or shard else ""
+    sweeps.record(folder, sweeps.Ended(num, overrides, receipt, problem, told, shard))
     name = done.receipt.defense if done.receipt else f"{_subject(config)}, shard {config.shard} of {config.shards}"
     if done.problem or done.note:
         print(f"  {name}: {done.problem or done.note}", file=sys.stderr)

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from robustbench_lite.app import sweeps
 from robustbench_lite.app.jobs import plain_config, served
-from robustbench_lite.app.lost import each_awaited, ended, replaced
+from robustbench_lite.app.launchers import each_awaited, ended, replaced
 from robustbench_lite.evaluation.shards import check_shard, check_shards
 
 __all__ = ["FAILED", "ShardLauncher", "above_launchers"]
@@ -87,7 +87,8 @@ class ShardLauncher(Launcher):
             Exception: the launcher cannot start a job.
         """
         if "shards" not in self._config:  # a command that keeps no rows
-            done: Sequence[JobReturn] = self._inner.launch(job_overrides, initial_job_idx)
+            with each_awaited(self._inner):
+                done: Sequence[JobReturn] = self._inner.launch(job_overrides, initial_job_idx)
             self._ends += [] if self._ends else [job.return_value for job in done]
             return done
         jobs = [list(overrides) for overrides in job_overrides]

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from robustbench_lite import load_data
 from robustbench_lite.app import devices, launching, sweeps
-from robustbench_lite.app.lost import each_awaited, ended
+from robustbench_lite.app.launchers import each_awaited, ended
 from robustbench_lite.evaluation.samples import Samples, as_samples
 from robustbench_lite.evaluation.shards import share
 from robustbench_lite.evaluation.store import Store

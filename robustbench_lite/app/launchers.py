@@ -1,7 +1,8 @@
-"""Jobs that end without a word: killed by the system, gone with their machine."""
+"""Hydra's launchers, and what has to be mended of them: jobs that are lost, a Ray cluster that is there already."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -21,20 +22,31 @@ def each_awaited(launcher: Launcher) -> Iterator[None]:
     the others go on, on machines that nobody then waits for. Here the one that is lost returns a failure. (joblib loses
     all its workers with one: there it is right to raise.)
     """
-    kind = type(launcher).__module__
-    if ".hydra_ray_launcher." in kind:
+    if _is(launcher, "ray"):
         import ray
         from hydra_plugins.hydra_ray_launcher import _core
 
+        _leave_memory_alone(launcher)
         with replaced(_core, "ray", SimpleNamespace(get=_forgiving(ray.get, ended))):
             yield
-    elif ".hydra_submitit_launcher." in kind:
+    elif _is(launcher, "submitit"):
         import submitit
 
         with replaced(submitit.Job, "results", _forgiving(submitit.Job.results, lambda error: [ended(error)])):
             yield
     else:
         yield
+
+
+def _is(launcher: Launcher, plugin: str) -> bool:
+    return f".hydra_{plugin}_launcher." in type(launcher).__module__
+
+
+def _leave_memory_alone(launcher: Any) -> None:
+    """Ask no memory of a Ray cluster that runs already: the launcher does, which Ray refuses."""
+    init = launcher.ray_cfg.init
+    if init.get("address") or os.environ.get("RAY_ADDRESS"):
+        init.setdefault("object_store_memory", None)
 
 
 def ended(value: Any) -> JobReturn:
