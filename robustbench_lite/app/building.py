@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import lru_cache
+from pathlib import PurePath
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -14,6 +15,11 @@ from torch import nn
 from robustbench_lite.data import Dataset
 from robustbench_lite.defenses.detector import Detector
 from robustbench_lite.models import load_model, shape_options
+
+_NAMED_BY = {
+    "robustbench_lite.models.onnx_net.load_onnx": "file",
+    "robustbench_lite.models.robustbench_zoo.load_robustbench": "model_name",
+}
 
 __all__ = ["build", "complete", "data", "methods", "model", "net", "row_name", "threats"]
 
@@ -125,6 +131,12 @@ def row_name(plain: Mapping[str, Any], built: Any) -> str:
     """Return what tables call the model of a job; a detector's rate of false positives belongs to its name."""
     if plain["name"]:
         return str(plain["name"])
-    target = str(plain["model"]["_target_"]) if plain["model"] else ""
-    name = str(plain["defense"]["name"]) if plain["defense"] else target.rpartition(".")[2]
+    name = str(plain["defense"]["name"]) if plain["defense"] else _net_name(plain["model"])
     return f"{name}, fpr {100 * built.fpr:g} %" if isinstance(built, Detector) else name
+
+
+def _net_name(node: Mapping[str, Any] | None) -> str:
+    target = str(node["_target_"]) if node else ""
+    if node and target in _NAMED_BY:  # one function loads them all
+        return PurePath(str(node[_NAMED_BY[target]])).name.removesuffix(".onnx")
+    return target.rpartition(".")[2]

@@ -17,8 +17,8 @@ from robustbench_lite.core.files import write_atomically
 
 __all__ = ["load_weights", "read_weights", "save_weights"]
 
-NESTS = ("state_dict", "model", "model_state_dict")  # keys under which checkpoints keep the state dict
-PREFIX = "module."  # what DataParallel puts before every key
+NESTS = ("state_dict", "model_state_dict", "model", "net", "params", "weights")  # where checkpoints keep the state dict
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # of DataParallel, torch.compile, and modules that hold the net
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -34,7 +34,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         FileNotFoundError: there is no such file.
         ValueError: the file cannot be read as weights, or they are not those of this model.
     """
-    state, own = read_weights(path), model.state_dict()
+    own = model.state_dict()
+    state = _bare(read_weights(path), own)
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
     shapes = [
@@ -56,7 +57,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Return the state dict of a file, on the CPU.
 
     A name that ends in .safetensors is read as such; anything else as a file of `torch.save` with a state dict in it,
-    bare or under "state_dict", "model" or "model_state_dict". A prefix "module." before all keys is taken off.
+    bare or where a checkpoint keeps it: under one of `NESTS`, the first that is there, or as its only state dict. What
+    data-parallel nets put before all keys, "module.", is taken off.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -66,12 +68,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise FileNotFoundError(f"no file of weights {file}")
     content = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
-    nest = next((key for key in NESTS if isinstance(content, Mapping) and isinstance(content.get(key), Mapping)), None)
-    state = content if nest is None else content[nest]
-    if not isinstance(state, Mapping) or not state or not all(map(_is_entry, state.items())):
-        raise ValueError(f"{file} holds no state dict: {_explain()}")
-    cut = len(PREFIX) if all(key.startswith(PREFIX) for key in state) else 0
-    return {key[cut:]: value for key, value in state.items()}
+    state = _state_in(content)
+    if state is None:
+        found = f" but {', '.join(map(str, list(content)[:8]))}" if isinstance(content, Mapping) and content else ""
+        raise ValueError(f"{file} holds no state dict{found}: {_explain()}")
+    return _without(state, PREFIXES[0])
 
 
 def save_weights(model: nn.Module, path: str | Path) -> Path:
@@ -90,6 +91,34 @@ def save_weights(model: nn.Module, path: str | Path) -> Path:
     state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
     write_atomically(file, save(state))
     return file
+
+
+def _state_in(content: Any) -> dict[str, Tensor] | None:
+    """Return the state dict in what a file holds; None where there is none, or several and no usual name."""
+    if not isinstance(content, Mapping) or not content:
+        return None
+    if all(map(_is_entry, content.items())):
+        return dict(content)
+    named = next((key for key in NESTS if isinstance(content.get(key), Mapping)), None)
+    if named is not None:
+        return _state_in(content[named])
+    inside = [value for value in content.values() if isinstance(value, Mapping)]
+    states = [dict(value) for value in inside if value and all(map(_is_entry, value.items()))]
+    return states[0] if len(states) == 1 else None
+
+
+def _bare(state: dict[str, Tensor], own: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return a state dict without prefixes that all its keys have and the model's do not."""
+    for _ in PREFIXES:  # one may stand before another
+        for prefix in PREFIXES:
+            if not all(key.startswith(prefix) for key in own):
+                state = _without(state, prefix)
+    return state
+
+
+def _without(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    cut = len(prefix) if all(key.startswith(prefix) for key in state) else 0
+    return {key[cut:]: value for key, value in state.items()}
 
 
 def _read_safetensors(file: Path) -> Any:

@@ -31,15 +31,43 @@ def test_a_round_trip_keeps_every_bit(tmp_path: Path) -> None:
         assert [file.name for file in path.parent.iterdir()] == ["net.safetensors"]
 
 
-@pytest.mark.parametrize("nest", [None, "state_dict", "model", "model_state_dict"])
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("suffix", [".pt", ".pth", ".th"])
+@pytest.mark.parametrize("nest", [None, "state_dict", "model", "model_state_dict", "net", "last"])
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.net.", "_orig_mod.module."])
+@pytest.mark.parametrize("suffix", [".pt", ".th"])
 def test_the_usual_checkpoints(tmp_path: Path, nest: str | None, prefix: str, suffix: str) -> None:
     model, fresh = net(0), net(1)
     state: dict[str, Any] = {prefix + key: value for key, value in model.state_dict().items()}
     torch.save(state if nest is None else {nest: state, "epoch": 3}, tmp_path / f"net{suffix}")
     load_weights(fresh, tmp_path / f"net{suffix}")
     assert same(model, fresh)
+
+
+def test_what_lightning_keeps(tmp_path: Path) -> None:
+    model, fresh = net(0), net(1)
+    state = {f"net.{key}": value for key, value in model.state_dict().items()}
+    steps = {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    kept = {"epoch": 3, "pytorch-lightning_version": "2.5", "state_dict": state, "optimizer_states": [steps]}
+    torch.save(kept | {"hyper_parameters": {"lr": 0.1}}, tmp_path / "last.ckpt")
+    load_weights(fresh, tmp_path / "last.ckpt")
+    assert same(model, fresh)
+    torch.save(kept | {"state_dict": state | {"loss.weight": torch.ones(3)}}, tmp_path / "more.ckpt")
+    with pytest.raises(ValueError, match=r"unexpected: .*loss\.weight"):
+        load_weights(fresh, tmp_path / "more.ckpt")
+
+
+def test_a_prefix_of_the_models_own_stays(tmp_path: Path) -> None:
+    model, fresh = (nn.Sequential() for _ in range(2))
+    model.add_module("net", net(0))
+    fresh.add_module("net", net(1))
+    torch.save({f"module.{key}": value for key, value in model.state_dict().items()}, tmp_path / "net.pt")
+    load_weights(fresh, tmp_path / "net.pt")
+    assert same(model, fresh)
+
+
+def test_which_of_several_is_not_guessed(tmp_path: Path) -> None:
+    torch.save({"student": net(0).state_dict(), "teacher": net(1).state_dict()}, tmp_path / "two.pt")
+    with pytest.raises(ValueError, match="holds no state dict but student, teacher"):
+        load_weights(net(), tmp_path / "two.pt")
 
 
 def test_weights_arrive_in_the_models_precision_and_frozen_as_it_was(tmp_path: Path) -> None:
