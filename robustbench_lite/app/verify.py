@@ -1,4 +1,4 @@
-"""`rbl verify`: re-check every stored adversarial example with nothing but the models and the images."""
+"""`rbl verify`: re-check every stored record, example and table with nothing but the models and the images."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from rich.text import Text
 
 from robustbench_lite import zoo
 from robustbench_lite.app import receipts
+from robustbench_lite.app.arguments import as_overrides
 from robustbench_lite.app.console import console
 from robustbench_lite.app.devices import check_device, require_device
 from robustbench_lite.app.hydra_app import run
 from robustbench_lite.app.jobs import plain_config
 from robustbench_lite.app.screen import show_sheet
+from robustbench_lite.app.tables import Objection, check_tables
 from robustbench_lite.report.sheet import sheets
 
 if TYPE_CHECKING:
@@ -27,8 +29,8 @@ _SHOWN = 20  # lines of each kind; a store that holds nothing true would fill th
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `rbl verify`."""
-    return run(job, "verify", arguments)
+    """Run `rbl verify [STORE]`."""
+    return run(job, "verify", as_overrides(arguments, ["store"], ["store", "device", "data_dir"]))
 
 
 def job(config: DictConfig) -> int:
@@ -46,13 +48,14 @@ def job(config: DictConfig) -> int:
     from robustbench_lite.evaluation.verify import verify
 
     store = Store(plain["store"])
-    if not len(store.records(columns=["index"])):
+    if next(store.heads(), None) is None:
         raise ValueError(f"there are no records in {plain['store']}")
     require_device(plain["device"])
     at_hand = _AtHand(store, receipts.all_of(store.root), plain["data_dir"])
     found = verify(store, at_hand.model, at_hand.data, device=plain["device"])
-    _show(found, at_hand.reasons)
-    return int(not found.ok)
+    tables = list(check_tables(store.root))
+    _show(found, at_hand.reasons, tables)
+    return int(not found.ok or bool(tables))
 
 
 class _AtHand:
@@ -96,16 +99,19 @@ class _AtHand:
             return None
 
 
-def _show(found: Verification, reasons: list[str]) -> None:
+def _show(found: Verification, reasons: list[str], tables: list[Objection]) -> None:
     screen = console()
     for sheet in sheets([found.summary]):
         show_sheet(sheet)
     _list("does not hold", "red", [f"{m.file}, sample {m.index}: {m.reason}" for m in found.mismatches])
+    _list("does not hold", "red", [f"{name}: {reason}" for name, reason in tables])
     _list("invalid", "bold red", [f"{v.id}: {v.evidence}" for v in found.violations])
     _list("not checked", "yellow", [*dict.fromkeys(reasons), *found.skipped])
     _list("damaged", "yellow", found.warnings)
-    verdict = Text("all of it holds", style="green") if found.ok else Text("not all of it holds", style="bold red")
-    screen.print(Text(f"checked {found.examples} adversarial examples and {found.clean} clean answers: ") + verdict)
+    fine = found.ok and not tables
+    verdict = Text("all of it holds", style="green") if fine else Text("not all of it holds", style="bold red")
+    counts = f"{found.records} records, {found.examples} adversarial examples, {found.clean} clean answers, all tables"
+    screen.print(Text(f"checked {counts}: ") + verdict)
 
 
 def _list(what: str, style: str, lines: list[str]) -> None:
