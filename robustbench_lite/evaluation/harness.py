@@ -146,11 +146,11 @@ def evaluate(
             if shard:
                 ledger.forget(block.number)
             else:
-                witnesses.collect(block.part, _frame([block.tables], tasks, ledger), [task.cell for task in tasks])
+                witnesses.collect(block.part, _joined([block.tables], tasks, ledger), [task.cell for task in tasks])
 
         turns = what_pays_first if budget is not None and budget.limited else block_after_block
         tables = turns(cut(samples, progress), tasks, ledger, audit if mode == "cascade" else None, done)
-        records = _frame(tables, tasks, ledger)
+        records = to_frame(_joined(tables, tasks, ledger))
         refused = [_refused(task.cell, ledger) for task in tasks if task.cell.key in ledger.refused]
         if shard:
             return _delivered(Report(records, plan.names, [], [], [], [*plan.not_applicable, *refused]), ledger)
@@ -204,10 +204,10 @@ def _looked(runner: Runner, samples: Samples, seed: int, name: str) -> list[Flag
         raise EvaluationError(f"{name} does not answer about a few clean images in time: {error}") from error
 
 
-def _frame(tables: list[dict[str, pa.Table]], tasks: list[Task], ledger: Ledger) -> pd.DataFrame:
+def _joined(tables: list[dict[str, pa.Table]], tasks: list[Task], ledger: Ledger) -> pa.Table:
     """Return the records of blocks, cell by cell, without those of methods that turned out not to apply."""
     keys = [task.cell.key for task in tasks if task.cell.key not in ledger.refused]
-    return to_frame(pa.concat_tables([empty_records(), *(block[key] for key in keys for block in tables)]))
+    return pa.concat_tables([empty_records(), *(block[key] for key in keys for block in tables)])
 
 
 def _check_answered(records: pd.DataFrame, ledger: Ledger) -> None:

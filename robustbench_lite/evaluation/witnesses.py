@@ -10,15 +10,18 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 from safetensors.numpy import save
 
 from robustbench_lite.evaluation.audit import Audit, Contradiction, audit
 from robustbench_lite.evaluation.cells import Cell, block_of
 from robustbench_lite.evaluation.files import put
 from robustbench_lite.evaluation.ledger import Ledger
+from robustbench_lite.evaluation.records import to_frame
 from robustbench_lite.evaluation.samples import Samples
 
-__all__ = ["Witnesses"]
+__all__ = ["Witnesses", "may_contradict"]
 
 _KEPT = ("broken_certificate", "refuted_attack")
 
@@ -30,9 +33,10 @@ class Witnesses:
         self._ledger = ledger
         self._found: dict[str, Contradiction] = {}
 
-    def collect(self, part: Samples, records: pd.DataFrame, cells: Sequence[Cell]) -> None:
+    def collect(self, part: Samples, rows: pa.Table, cells: Sequence[Cell]) -> None:
         """Audit a block, and keep the examples of its violations: in the store if there is one, and at hand."""
-        violations = [v for v in audit(records).violations if v.id in _KEPT]
+        suspect = may_contradict(rows)  # few blocks are: the audit of a small net's took a tenth of the evaluation
+        violations = [v for v in audit(to_frame(rows)).violations if v.id in _KEPT] if suspect else []
         if violations:
             found = [dataclasses.replace(v, example=self._example(v, part, cells)) for v in violations]
             path = self._write(found, part)
@@ -72,6 +76,23 @@ class Witnesses:
             self._ledger.unsaved.append(f"{name}: {error}")
             return None
         return f"{name}.json"
+
+
+def may_contradict(rows: pa.Table) -> bool:
+    """Say whether the audit can find a violation of `_KEPT` in these records: quickly, and never wrongly no.
+
+    It needs a refuted attack, or a sample with both a claim about its true label and a witness against it.
+    """
+    if pc.any(pc.equal(rows.column("status"), "refuted")).as_py():
+        return True
+    right, index = rows.column("correct"), rows.column("index")
+    certified = pc.equal(rows.column("kind"), "certifier")
+    claims = pc.and_(
+        pc.and_(certified, right), pc.or_kleene(rows.column("certified"), pc.greater(rows.column("radius"), 0))
+    )
+    wrong = pc.and_(pc.equal(rows.column("kind"), "clean"), pc.invert(right))
+    against = pc.or_kleene(wrong, rows.column("success"))
+    return bool(pc.any(pc.is_in(index.filter(claims), value_set=index.filter(against).combine_chunks())).as_py())
 
 
 def _plain(facts: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from evaluation_fakes import Exact, Liar, Linear, Shift, exact_radius, two_blocks
@@ -17,6 +18,8 @@ from scipy.stats import binom
 from robustbench_lite.core.threats import Lp
 from robustbench_lite.evaluation import evaluate
 from robustbench_lite.evaluation.audit import audit
+from robustbench_lite.evaluation.records import SCHEMA, to_frame
+from robustbench_lite.evaluation.witnesses import may_contradict
 
 THREAT = Lp("linf", 0.05)
 
@@ -167,3 +170,24 @@ def test_a_witness_beyond_the_radius_proves_nothing() -> None:
     assert len(audit(rows).violations) == 3
     rows.loc[rows["kind"] == "attack", "threat"] = "l2"
     assert audit(rows).violations == []
+
+
+def test_the_quick_look_at_a_block_never_misses_a_violation() -> None:
+    rng, found = np.random.default_rng(0), []
+    kinds = {"clean": None, "attack": Shift(), "certifier": Exact()}
+    report = evaluate(Linear(), two_blocks(8), THREAT, [kinds["attack"]], [kinds["certifier"]])
+    honest = pa.Table.from_pandas(report.records, schema=SCHEMA, preserve_index=False)
+    for _ in range(300):
+        rows = report.records.sample(int(rng.integers(3, 13)), random_state=rng).reset_index(drop=True)
+        attack, proof = rows["kind"] == "attack", rows["kind"] == "certifier"
+        lies = rng.random(len(rows)) < 0.2
+        rows.loc[attack & lies, ["success", "distance", "margin"]] = [True, 0.01, -1.0]
+        rows.loc[attack & (rng.random(len(rows)) < 0.02), "status"] = "refuted"
+        rows.loc[proof & lies, "radius"] = 0.02
+        rows.loc[proof & lies, "certified"] = rng.random() < 0.5
+        table = pa.Table.from_pandas(rows, schema=SCHEMA, preserve_index=False)
+        violations = ids(audit(to_frame(table)).violations)
+        assert may_contradict(table) or not violations
+        found.append((may_contradict(table), bool(violations)))
+    assert {(True, True), (False, False)} <= set(found)
+    assert not may_contradict(honest)

@@ -1,0 +1,131 @@
+"""What the harness adds: `evaluate`, with a store, and its methods called by hand on the same batches, in turn.
+
+By hand means: the clean forward pass, each attack and each certifier, called with the same samples, names and seeds,
+and nothing kept. `evaluate` also looks at the model first, asks it again about every returned input, measures
+distances, hashes, audits, makes flags, and writes rows and examples to a fresh folder. One process, one thread, CPU
+seconds; the two take turns, and the ratio is the median of the ratios of neighbours. Both must have found the same.
+
+    RBL_DATA=... python benchmarks/overhead.py --entries digits/pgd_at mnist/ibp_0.3 --images 500
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from nets import DATA
+from torch import nn
+
+from robustbench_lite.attacks import FGSM, NES, PGD, AutoAttack, RandomNoise
+from robustbench_lite.attacks.base import Attack
+from robustbench_lite.certify import CROWNIBP, Cascade
+from robustbench_lite.certify.base import Certifier
+from robustbench_lite.core.goals import Untargeted
+from robustbench_lite.core.threats import Lp
+from robustbench_lite.data import load_data
+from robustbench_lite.data.base import Dataset
+from robustbench_lite.evaluation import evaluate
+from robustbench_lite.evaluation.blocks import cut
+from robustbench_lite.evaluation.samples import Samples, as_samples
+from robustbench_lite.zoo import load_defense
+
+SUITES: dict[str, tuple[list[Attack], list[Certifier]]] = {
+    "quick": (
+        [RandomNoise(draws=20), FGSM(), PGD(steps=40, loss="margin")],
+        [Cascade(falsifier=PGD(steps=10, loss="margin"))],
+    ),
+    "standard": ([RandomNoise(), AutoAttack(), NES()], [CROWNIBP()]),
+}
+EPS = {"digits": 0.1, "mnist": 0.3}
+
+
+def main() -> None:
+    """Print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--entries", nargs="+", default=["digits/pgd_at"])
+    parser.add_argument("--suites", nargs="+", default=["quick"], choices=list(SUITES))
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--batch", type=int, default=250)
+    parser.add_argument("--rounds", type=int, default=5, help="pairs, after one that warms up")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.disable()
+    print("entry            suite      by hand   evaluate   ratio (of each pair)")
+    for entry in options.entries:
+        name = entry.partition("/")[0]
+        model = load_defense(entry, data_dir=DATA).eval()
+        data = load_data(name, data_dir=DATA).head(options.images)
+        for suite in options.suites:
+            hand, whole = _pairs(model, data, Lp("linf", EPS[name]), suite, options.batch, options.rounds)
+            ratios = [a / b for a, b in zip(whole, hand, strict=True)]
+            each = " ".join(f"{ratio:.3f}" for ratio in ratios)
+            medians = f"{statistics.median(hand):8.2f} s {statistics.median(whole):8.2f} s"
+            print(f"{entry:16s} {suite:9s} {medians}   {statistics.median(ratios):.3f} ({each})", flush=True)
+
+
+def _pairs(
+    model: nn.Module, data: Dataset, threat: Lp, suite: str, batch: int, rounds: int
+) -> tuple[list[float], list[float]]:
+    """Return the seconds by hand, and those of `evaluate`, of each pair."""
+    attacks, certifiers = SUITES[suite]
+    hand, whole = [], []
+    for number in range(rounds + 1):
+        found, spent = _timed(lambda: _by_hand(model, data, threat, attacks, certifiers, batch))
+        with tempfile.TemporaryDirectory() as store:
+            given = {"store": store, "batch_size": batch, "adaptive": False, "device": "cpu"}
+            report, taken = _timed(lambda given=given: evaluate(model, data, threat, attacks, certifiers, **given))
+        rows = report.records
+        attacked = rows[rows["kind"] == "attack"].groupby("method", sort=False)["success"]
+        right = [int(rows["correct"][rows["kind"] == "clean"].sum()), *map(int, attacked.sum())]
+        right += [int(rows["certified"].sum())]
+        if right != found:
+            raise RuntimeError(f"by hand {found}, in the report {right}")
+        if number:
+            hand.append(spent)
+            whole.append(taken)
+    return hand, whole
+
+
+def _by_hand(
+    model: nn.Module, data: Dataset, threat: Lp, attacks: list[Attack], certifiers: list[Certifier], batch: int
+) -> list[int]:
+    """Return how many are right, fall to each attack, are proven by the certifiers together (there is one)."""
+    right, proven, fallen = 0, 0, [0] * len(attacks)
+    for part in _batches(data, threat, batch):
+        x, y, names = part.x, part.y, torch.from_numpy(part.indices)
+        with torch.no_grad():
+            right += int((model(x).argmax(dim=1) == y).sum())
+        for place, attack in enumerate(attacks):
+            result = attack(model, x, Untargeted(y), threat, indices=names, generator=_seeded())
+            fallen[place] += int(result.success.sum())
+        for certifier in certifiers:
+            found = certifier(model, x, y, threat, indices=names, generator=_seeded())
+            proven += int((found.certified & (found.prediction == y)).sum())
+    return [right, *fallen, proven]
+
+
+def _batches(data: Dataset, threat: Lp, batch: int) -> Iterator[Samples]:
+    """Yield the batches that an evaluation cuts."""
+    for block in cut(as_samples(data, threat.bounds).in_batches(batch)):
+        for number in np.unique(block.batch):
+            yield block.take(block.batch == number)
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.process_time()
+    return work(), time.process_time() - start
+
+
+if __name__ == "__main__":
+    main()
