@@ -84,9 +84,10 @@ def read_head(path: Path, names: list[str]) -> tuple[dict[bytes, bytes], dict[st
 def read_whole(path: Path, names: list[str]) -> tuple[dict[bytes, bytes], pa.Table]:
     """Return what a file of records says of itself, and these columns; raises what `read_metadata` raises."""
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        kept: dict[bytes, bytes] = file.schema_arrow.metadata or {}
+        schema = file.schema_arrow  # made anew each time it is asked for
+        kept: dict[bytes, bytes] = schema.metadata or {}
         _check_version(path, kept)
-        there = [name for name in names if name in file.schema_arrow.names]
+        there = [name for name in names if name in schema.names]
         table = file.read(columns=there, use_threads=False)
     for name in (name for name in names if name not in there and SCHEMA.field(name).nullable):
         table = table.append_column(SCHEMA.field(name), pa.nulls(len(table), SCHEMA.field(name).type))  # a later column
