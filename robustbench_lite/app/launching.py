@@ -86,7 +86,7 @@ class ShardLauncher(Launcher):
             ValueError: a number of shards, or of a shard, that makes no sense.
             Exception: the launcher cannot start a job.
         """
-        if "shards" not in self._config:  # a command that keeps no rows
+        if "shards" not in self._config or self._config.forecast:  # a command that keeps no rows
             with each_awaited(self._inner):
                 done: Sequence[JobReturn] = self._inner.launch(job_overrides, initial_job_idx)
             self._ends += [] if self._ends else [job.return_value for job in done]
