@@ -33,8 +33,8 @@ METHODS = [
     "suite.attacks.pgd.steps=5",
     "+attack@suite.attacks.square=square",
     "suite.attacks.square.queries=20",
+    "+attack@suite.attacks.bim=bim",
     "suite.certifiers.cascade=null",
-    "+certifier@suite.certifiers.ibp=ibp",
 ]
 SETTINGS = ["adaptive=false", "batch_size=13"]  # four blocks of digits: some 16 batches
 SHARDS = ["shards=4"]

@@ -198,7 +198,9 @@ class Fake(Launcher):
 
 
 def above(inner: Launcher, folder: Path) -> launching.ShardLauncher:
-    config = OmegaConf.create({"shards": 1, "shard": None, "hydra": {"overrides": {"task": []}}})
+    config = OmegaConf.create(
+        {"shards": 1, "shard": None, "forecast": False, "objective": None, "hydra": {"overrides": {"task": []}}}
+    )
     config.hydra.sweep = {"dir": str(folder)}
     launcher = launching.ShardLauncher(inner, [])
     context: Any = SimpleNamespace(config_loader=None)
