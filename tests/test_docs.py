@@ -46,7 +46,7 @@ def test_the_snippets_run(page, capsys):
         exec(compile(code, f"{page}, snippet {number}", "exec"), {"__name__": "snippet"})
 
 
-@pytest.mark.parametrize("name", ["methods", "flags"])
+@pytest.mark.parametrize("name", ["methods", "flags", "store"])
 def test_pages_made_from_the_code_are_up_to_date(name):
     page = runpy.run_path(str(ROOT / "docs" / f"{name}.py"))["page"]()
     assert (ROOT / "docs" / f"{name}.md").read_text() == page, f"run: python docs/{name}.py > docs/{name}.md"

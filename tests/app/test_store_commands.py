@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,17 @@ def test_a_table_of_all_that_a_store_holds(rbl, board: Path, folder: Path) -> No
     status, _, err = rbl("table", "nowhere")
     assert status == 2
     assert "no store at nowhere" in err
+
+
+def test_the_snippets_of_the_pages_run(board: Path, folder: Path) -> None:
+    for page in ("store.md", "share-results.md"):
+        text = (Path(__file__).parents[2] / "docs" / page).read_text()
+        for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            space: dict[str, Any] = {}
+            exec(compile(code, page, "exec"), space)
+            if "attacks" in space:
+                assert len(space["attacks"]) == 2 * 40
+    assert (folder / "adversarial_examples.npz").exists()
 
 
 def change(path: Path, old: str, new: str) -> None:
