@@ -172,7 +172,8 @@ class Ledger:
         short = ran_out(error)
         if short and len(batch) > 1:
             self._fits[cell.key] = size = (len(batch) + 1) // 2
-            self.remarks[cell.key] = f"{cell.method}: {size} samples at a time, more did not fit in memory"
+            few = f"{size} sample{'s' * (size > 1)} at a time"
+            self.remarks[cell.key] = f"{cell.method}: {few}, more did not fit in memory"
             return 0
         if not short and isinstance(error, NotApplicableError):
             raise error
