@@ -25,12 +25,16 @@ _RANKS = ("rank", "p_above")
 
 
 def check_tables(store: Path) -> Iterator[Objection]:
-    """Yield every file of tables that does not follow from the records."""
+    """Yield every file of tables that does not follow from the records, and evaluations whose records are not there."""
     folder = store / "tables"
     stems = sorted({path.with_suffix("") for path in folder.glob("*") if path.suffix.removeprefix(".") in FORMATS})
-    if not stems:
-        return
-    derived = [table_of(report) for receipt in receipts.all_of(store) if (report := receipts.report_of(receipt, store))]
+    derived: list[Summary] = []
+    for receipt in receipts.all_of(store):
+        report = receipts.report_of(receipt, store)
+        if report is None:
+            yield "receipts", f"records of {receipt.defense} on {receipt.model['dataset']} are no longer all there"
+        else:
+            derived.append(table_of(report))
     for stem in stems:
         for ending, reason in _objections(stem, derived):
             yield (Path("tables") / f"{stem.name}.{ending}").as_posix(), reason

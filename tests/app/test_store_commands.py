@@ -146,6 +146,18 @@ def test_a_table_that_was_tampered_with_is_named(what: str, rbl, board: Path) ->
     assert "not all of it holds" in out
 
 
+def test_records_that_are_gone_are_missed(rbl, board: Path) -> None:
+    """Failures of an attack have no example that would miss them: the receipt does."""
+    for part in Store(board).parts():
+        if part.identity["kind"] == "attack":
+            part.path.unlink()
+            part.path.with_suffix(".safetensors").unlink(missing_ok=True)
+            break
+    status, out, _ = rbl("verify")
+    assert status == 1
+    assert "on digits are no longer all there" in out
+
+
 def test_a_submission_of_which_nothing_holds(rbl, board: Path, adversarial: Path, folder: Path) -> None:
     with np.load(adversarial) as arrays:
         np.savez(folder / "bad.npz", index=arrays["index"], x_adv=arrays["x_adv"] * 0 + 0.5)
