@@ -22,10 +22,12 @@ __all__ = [
     "CONVERGENCE",
     "FLAGS",
     "PROBED",
+    "UNFINISHED",
     "Flag",
     "Kind",
     "blind_beats_gradients",
     "excess_rejections",
+    "few_samples",
     "frozen_beats_averaged",
     "noise_beats_gradients",
     "non_finite",
@@ -43,6 +45,7 @@ __all__ = [
 ]
 
 PROBED = "probed"  # id of the note that the probe was made; it raises nothing
+UNFINISHED = "unfinished"
 CONVERGENCE = ("steps_help", "restarts_help")  # about the attacks of an evaluation: stronger ones may settle them
 
 
@@ -142,6 +145,12 @@ def non_finite(records: pd.DataFrame) -> str | None:
         return None
     counts = ", ".join(f"{name}: {count}" for name, count in bad["method"].value_counts(sort=False).items())
     return f"outputs are not finite for {bad['sample_hash'].nunique()} samples ({counts})"
+
+
+@_flag("evaluate more samples: differences between attacks do not show on so few")
+def few_samples(n: int) -> str | None:
+    """Raised if attacks were compared on fewer than 25 samples that the model gets right."""
+    return f"attacks were compared on {n} samples" if n < 25 else None
 
 
 @_flag("the gradient misleads: give the defense an attack_view (EOT, BPDA), or attack without gradients")

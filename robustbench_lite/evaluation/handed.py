@@ -160,7 +160,11 @@ def with_submitted(store: Store, records: pd.DataFrame, threats: Sequence[tuple[
         return records
     rows = store.records(all_versions=True, cells=named)
     under = [pair in set(threats) for pair in zip(rows["threat"], rows["eps"], strict=True)]
-    same = (rows["seed"] == first["seed"]) & (rows["precision"] == first["precision"])
+    same = (
+        (rows["dataset"] == first["dataset"])
+        & (rows["seed"] == first["seed"])
+        & (rows["precision"] == first["precision"])
+    )
     samples = pd.MultiIndex.from_frame(records[SAMPLE])
     rows = rows[np.array(under, dtype=bool) & same.to_numpy() & pd.MultiIndex.from_frame(rows[SAMPLE]).isin(samples)]
     renamed = rows.assign(defense=pd.Series([first["defense"]] * len(rows), rows.index, dtype=rows["defense"].dtype))

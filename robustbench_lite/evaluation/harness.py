@@ -25,6 +25,7 @@ from robustbench_lite.evaluation.cells import Cell
 from robustbench_lite.evaluation.flags import Flag, non_finite, unfinished
 from robustbench_lite.evaluation.handed import outsiders, with_submitted
 from robustbench_lite.evaluation.ledger import Ledger
+from robustbench_lite.evaluation.notes import Run
 from robustbench_lite.evaluation.plan import MODES, Plan, Task, with_own
 from robustbench_lite.evaluation.records import empty_records, to_frame
 from robustbench_lite.evaluation.report import NotApplicable, Report
@@ -122,6 +123,8 @@ def evaluate(
         open is no error: `report.unfinished` names it, and the rows of the table are flagged.
     """
     _check(mode, audit, batch_size, time_limit)
+    if shard is not None and budget is not None and budget.limited:
+        raise ValueError("give a budget or a shard, not both: each shard would spend the whole budget")
     threats, attacks, certifiers = (
         _listed("threat", threat),
         _listed("attacks", attacks),
@@ -269,9 +272,13 @@ def _report(
     records = records if store is None else with_submitted(store, records, plan.names)
     broken, found = non_finite(records), witnesses.attach(audits.audit(records))
     if store is not None:
-        first = records.iloc[0]
+        first, left = records.iloc[0], _left(ledger)
+        run = Run(
+            tuple(plan.names), int(first["seed"]), str(first["precision"]), int((records["kind"] == "clean").sum())
+        )
         try:
-            store.put_flags(str(first["fingerprint"]), str(first["dataset"]), [asdict(note) for note in notes])
+            told = [asdict(note) for note in (*notes, *left)]
+            store.put_flags(str(first["fingerprint"]), str(first["dataset"]), told, run)
         except OSError as error:
             ledger.unsaved.append(f"flags: {error}")
     report = Report(

@@ -14,8 +14,8 @@ import pandas as pd
 
 from robustbench_lite.evaluation.audit import GROUP
 from robustbench_lite.evaluation.detection import area_under_curve
-from robustbench_lite.evaluation.flags import PROBED
 from robustbench_lite.evaluation.intervals import clopper_pearson
+from robustbench_lite.evaluation.notes import concerns, speaks_for
 
 __all__ = ["Flags", "Line", "Mask", "Names", "Outcomes", "Scores", "Seen", "Summary", "titled", "to_summary"]
 
@@ -220,11 +220,11 @@ def to_summary(lines: Iterable[Line], flags: Flags, invalid: set[tuple[Any, ...]
     certifiers: dict[str, None] = {}
     for line in lines:
         key, figures = line.key, line.figures()
-        notes = [note for note in flags.get((key["fingerprint"], key["dataset"]), ()) if _about(note, key)]
+        notes = [note for note in flags.get((key["fingerprint"], key["dataset"]), ()) if concerns(note, key)]
         raised = [note["id"] for note in notes if note.get("raised", True)] + ["non_finite"] * line.non_finite
         raised += ["submitted_beats_attacks"] * bool(line.outsiders.any())
         sound = not raised and bool(line.attacks) and figures["incomplete"] == 0
-        verdict = "reliable" if sound and any(note["id"] == PROBED for note in notes) else "doubtful"
+        verdict = "reliable" if sound and any(speaks_for(note, line.n) for note in notes) else "doubtful"
         verdict = "invalid" if line.group in invalid else verdict
         head = {"dataset": key["dataset"], "defense": line.defense, "fingerprint": key["fingerprint"]}
         head |= {name: key[name] for name in ("threat", "eps", "seed", "precision")}
@@ -233,11 +233,6 @@ def to_summary(lines: Iterable[Line], flags: Flags, invalid: set[tuple[Any, ...]
         attacks |= dict.fromkeys(line.of("attack"))
         certifiers |= dict.fromkeys(line.of("certifier"))
     return Summary(_ordered(pd.DataFrame(table), attacks, certifiers), outcomes)
-
-
-def _about(note: Mapping[str, Any], key: Mapping[str, Any]) -> bool:
-    """Say whether a note concerns a row: it names no threat, or the row's."""
-    return not note.get("threat") or (note["threat"], note["eps"]) == (key["threat"], key["eps"])
 
 
 def _any(masks: list[Mask], n: int) -> Mask:

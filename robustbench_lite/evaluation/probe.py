@@ -60,7 +60,11 @@ def probe(subject: Subject, samples: Samples, threat: Threat, fallen: set[int], 
         part = part.take((right.cpu() == part.y).numpy())
         if len(part) == 0:
             return []
-        found = [*_compared(_Trials(subject, part, threat, seed), fallen), *_steadiness(subject, part, threat, seed)]
+        found = [
+            judge.few_samples(len(part)),
+            *_compared(_Trials(subject, part, threat, seed), fallen),
+            *_steadiness(subject, part, threat, seed),
+        ]
         found += _rejections(subject, part, threat, seed) if rejects(subject.model) else []
     note = Flag(PROBED, f"{len(part)} samples, seed {seed}", "", raised=False)
     return [replace(flag, threat=threat.name, eps=threat.size) for flag in [note, *found] if flag is not None]

@@ -102,9 +102,10 @@ class Report:
     def _incomplete(self, row: pd.Series[Any]) -> int:
         """Return how many samples stand unproven that some attack has not seen, one without any row included."""
         ran = self.records[(self.records["threat"] == row["threat"]) & (self.records["eps"] == row["eps"])]
+        unanswered = sum(part.samples for part in self._of(row) if part.kind == "clean")
         never = {part.method for part in self._of(row) if part.kind == "attack"} - set(ran["method"])
         if not never:
-            return int(row["incomplete"])
+            return int(row["incomplete"]) + unanswered
         standing = row["clean"] if pd.isna(row["worst_case"]) else row["worst_case"]
         proven = 0.0 if pd.isna(row["certified"]) else row["certified"]
-        return round(float(standing - proven) * int(row["n"]))
+        return round(float(standing - proven) * int(row["n"])) + unanswered

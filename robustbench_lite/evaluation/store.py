@@ -3,7 +3,7 @@
     STORE/cells/<cell>/<block>-<unique>.parquet         records of one cell, at most 500 dataset indices
     STORE/cells/<cell>/<block>-<unique>.safetensors     the adversarial examples of its successes
     STORE/cells/<cell>/<first>_<last>-<unique>.*        the same of several blocks, merged (`compact`)
-    STORE/flags/<fingerprint>-<dataset>.json            flags that no record shows
+    STORE/flags/<fingerprint>-<dataset>@<threat>.json   flags that no record shows (`notes`)
     STORE/slices/<fingerprint>-<dataset>-<content>.json the samples of each evaluation (`versions`)
     STORE/violations/<sample>.json, .safetensors        witnesses of the audit
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +28,9 @@ import pyarrow.compute as pc
 
 from robustbench_lite.evaluation.cells import BLOCK, Cell, SampleNames, sample_keys
 from robustbench_lite.evaluation.examples import Examples, read_examples, write_examples
-from robustbench_lite.evaluation.files import put, remove_leftovers, require_writable, set_aside, write_files
-from robustbench_lite.evaluation.flags import CONVERGENCE, PROBED
+from robustbench_lite.evaluation.files import remove_leftovers, require_writable, set_aside, write_files
 from robustbench_lite.evaluation.folders import fresh_path, holds, overlap, settled, span
+from robustbench_lite.evaluation.notes import Run, keep_notes, read_notes
 from robustbench_lite.evaluation.parquet import (
     DAMAGE,
     StoreError,
@@ -272,41 +272,25 @@ class Store:
         """
         keep_slice(self.root, fingerprint, dataset, samples)
 
-    def put_flags(self, fingerprint: str, dataset: str, flags: list[dict[str, Any]]) -> None:
-        """Keep the flags that a model raised on a data set, beside those that other slices of it raised.
-
-        A fingerprint stands for one model: what once was a reason to doubt it remains one. Of two flags of one id about
-        one threat the newer is kept. What a probe says about the convergence of attacks on a threat holds until the
-        next probe of that threat, which sees what stronger attacks have added.
+    def put_flags(self, fingerprint: str, dataset: str, flags: Iterable[Mapping[str, Any]], run: Run) -> None:
+        """Keep the flags that a model raised on a data set in an evaluation, and its notes (`notes.py`).
 
         Raises:
             OSError: they cannot be written.
         """
-        path = self._flags(fingerprint, dataset)
-        try:
-            kept = json.loads(path.read_text()) if path.exists() else []
-        except ValueError as error:
-            self._report(f"damaged flags {path.name}: {error}; written anew")
-            kept = []
-        probed = {_about(flag) for flag in flags if flag["id"] == PROBED}
-        lasting = [flag for flag in kept if flag["id"] not in CONVERGENCE or _about(flag) not in probed]
-        merged = {(flag["id"], *_about(flag)): flag for flag in [*lasting, *flags]}
-        if list(merged.values()) != kept:
-            put(path, json.dumps(list(merged.values()), indent=1).encode())
+        for damage in keep_notes(self.root, fingerprint, dataset, flags, run):
+            self._report(damage)
 
     def flags(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
         """Return the kept flags, and the notes of checks that were made, by (fingerprint, dataset)."""
-        found = {}
-        for path in sorted((self.root / "flags").glob("*.json")):
-            fingerprint, _, dataset = path.stem.partition("-")
+        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for path in sorted((self.root / "flags").glob("*@*.json")):
             try:
-                found[fingerprint, dataset.replace("%", "/")] = json.loads(path.read_text())
+                model, notes = read_notes(path)
+                found.setdefault(model, []).extend(notes)
             except (ValueError, OSError) as error:
                 self._report(f"damaged flags {path.name}: {error}")
         return found
-
-    def _flags(self, fingerprint: str, dataset: str) -> Path:
-        return self.root / "flags" / f"{fingerprint}-{dataset.replace('/', '%')}.json"
 
     def _folder(self, cell: Cell) -> Path:
         return self.root / "cells" / cell.key
@@ -407,7 +391,3 @@ def rank_of(identity: dict[str, Any]) -> str:
 def _meets(path: Path, blocks: set[int]) -> bool:
     first, last = span(path)
     return any(first <= block <= last for block in blocks)
-
-
-def _about(flag: dict[str, Any]) -> tuple[Any, Any]:
-    return flag.get("threat"), flag.get("eps")

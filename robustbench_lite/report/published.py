@@ -62,7 +62,8 @@ def model_info(row: Mapping[str, Any], about: Mapping[str, Any] | None = None) -
     """Return the card of a row of a sheet's frame in the fields of a model_info file.
 
     `autoattack_acc` is the column of an AutoAttack that has seen every sample, `external` the share that stood against
-    everything; what a table does not know is null, as in a new file of theirs.
+    everything, null where some sample was not attacked to the end; what a table does not know is null, as in a new file
+    of theirs.
 
     Args:
         row: of `Sheet.frame`.
@@ -71,13 +72,14 @@ def model_info(row: Mapping[str, Any], about: Mapping[str, Any] | None = None) -
     attacks = [name for name in row if name.startswith("AutoAttack") and not name.endswith(("_low", "_high"))]
     proven = "" if pd.isna(row["certified"]) else f", certified {_per_cent(row['certified'])} %"
     flags = f" ({row['flags']})" if row["flags"] else ""
+    flags += f", {row['incomplete']} samples not attacked to the end" if row["incomplete"] else ""
     known = {
         "name": row["defense"],
         "dataset": row["dataset"],
         "eps": None if pd.isna(row["eps"]) else number(float(row["eps"])),
         "clean_acc": _per_cent(row["clean"]),
         "autoattack_acc": _per_cent(min((row[name] for name in attacks if pd.notna(row[name])), default=float("nan"))),
-        "external": _per_cent(row["worst_case"]),
+        "external": _per_cent(float("nan") if row["incomplete"] else row["worst_case"]),
         "footnote": f"robustbench_lite: {row['n']} samples{proven}, verdict {row['verdict']}{flags}",
         "unreliable": row["verdict"] == "invalid",
     }

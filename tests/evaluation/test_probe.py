@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from robustbench_lite.attacks import FGSM, PGD
 from robustbench_lite.core.spatial import RotationTranslation
 from robustbench_lite.core.threats import Lp
 from robustbench_lite.data import load_data
-from robustbench_lite.evaluation import Store, evaluate, summarize
+from robustbench_lite.evaluation import EvaluationError, Store, evaluate, summarize
 from robustbench_lite.evaluation.flags import PROBED
+from robustbench_lite.evaluation.scan import scan
 from robustbench_lite.zoo import load_defense
 
 LINF = Lp("linf", 0.1)
@@ -97,10 +99,6 @@ def test_stronger_attacks_settle_what_weak_ones_left_open(tmp_path: Path) -> Non
     assert kept == ["doubtful", "reliable"]
     (flags,) = Store(tmp_path).flags().values()
     assert {flag["id"] for flag in flags} == {PROBED}
-    Store(tmp_path).put_flags("model", "digits", [{"id": "steps_help", "threat": "linf", "eps": 0.1}])
-    Store(tmp_path).put_flags("model", "digits", [{"id": PROBED, "threat": "linf", "eps": 0.2}])
-    other = next(flags for (model, _), flags in Store(tmp_path).flags().items() if model == "model")
-    assert {flag["id"] for flag in other} == {"steps_help", PROBED}  # a probe at another budget says nothing of it
 
 
 def test_other_norms_and_none(tmp_path: Path) -> None:
@@ -132,3 +130,38 @@ def test_the_probe_is_reproducible_and_leaves_no_rows() -> None:
     assert probed.notes == again.notes
     assert [note.id for note in probed.notes if not note.raised] == ["probed"]
     assert plain.notes == []
+
+
+def verdicts(store: Path) -> dict[tuple[int, int], tuple[str, str]]:
+    table = scan(store).table
+    return {(row["seed"], row["n"]): (row["verdict"], row["flags"]) for _, row in table.iterrows()}
+
+
+def test_a_probe_speaks_for_its_seed_and_for_no_more_samples_than_it_had(tmp_path: Path) -> None:
+    net, data = load_defense("digits/standard"), load_data("digits")
+    evaluate(net, data.head(30), LINF, [STRONG], probed=True, store=tmp_path)
+    evaluate(net, data.head(30), LINF, [FGSM()], seed=1, store=tmp_path)
+    assert verdicts(tmp_path) == {(0, 30): ("reliable", ""), (1, 30): ("doubtful", "")}
+    evaluate(net, data.head(10), LINF, [STRONG], store=tmp_path)  # fewer: what was compared holds for them
+    assert verdicts(tmp_path)[0, 30] == ("reliable", "")
+    evaluate(net, data.head(40), LINF, [STRONG], store=tmp_path)
+    assert verdicts(tmp_path)[0, 40] == ("doubtful", "")
+
+
+@dataclass(frozen=True)
+class Tired(PGD):
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        raise RuntimeError("not today")
+
+
+def test_what_is_unfinished_is_doubtful_in_the_store_until_a_run_finishes_it(tmp_path: Path) -> None:
+    net, data = load_defense("digits/standard"), load_data("digits").head(30)
+    with pytest.raises(EvaluationError):
+        evaluate(net, data, LINF, [STRONG, Tired()], probed=True, store=tmp_path)
+    assert verdicts(tmp_path)[0, 30] == ("doubtful", "unfinished")
+    evaluate(net, data, LINF, [STRONG], store=tmp_path)
+    assert verdicts(tmp_path)[0, 30] == ("reliable", "")
+
+
+def test_on_few_samples_nothing_is_reliable() -> None:
+    assert ids(load_defense("digits/standard"), n=20) == {"few_samples"}
