@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import evaluation_fakes as fakes
@@ -243,6 +244,37 @@ def test_two_compactions_at_a_time(filled: Path, original: Path, monkeypatch: py
         compact(store)
         assert every_row(store).equals(every_row(original)), moment
         assert examples(store) == examples(original), moment
+
+
+def test_examples_that_go_between_two_looks(filled: Path, original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another compaction takes a file away after its records were read, and before its examples are."""
+    module, calls = sys.modules[compact.__module__], []
+    real = module.read_whole
+
+    def slow(path: Path, names: list[str]) -> Any:
+        found = real(path, names)
+        calls.append(path)
+        if len(calls) == 1 or (len(calls) < 40 and path.with_suffix(".safetensors").exists()):
+            monkeypatch.setattr(module, "read_whole", real)
+            compact(filled)
+            monkeypatch.setattr(module, "read_whole", slow)
+        return found
+
+    monkeypatch.setattr(module, "read_whole", slow)
+    compact(filled)
+    monkeypatch.undo()
+    compact(filled)
+    assert every_row(filled).equals(every_row(original))
+    assert examples(filled) == examples(original)
+
+
+def test_a_block_is_cut_out_of_a_merged_file(filled: Path) -> None:
+    compact(filled)
+    for head in Store(filled).heads():
+        cell: Any = SimpleNamespace(key=head.name, renamed=lambda rows: rows)
+        for block in range(BLOCKS):
+            index = Store(filled).rows(cell, block)["index"].to_pylist()
+            assert index == list(range(BLOCK * block, BLOCK * block + SIZE))
 
 
 def test_readers_and_writers_beside_it(tmp_path: Path) -> None:

@@ -60,6 +60,22 @@ def lies(store: Path) -> None:
     evaluate(Linear(7.5), two_blocks(40), THREAT, [Shift()], [], store=store, name="honest")
 
 
+def refuted(store: Path) -> None:
+    """A claim that does not stand is a violation without any certificate."""
+    evaluate(Linear(), two_blocks(40), THREAT, [Shift(), Liar(outside=True)], store=store)
+
+
+def wrong_from_the_start(store: Path) -> None:
+    """No attack, and a proof about a wrong class whose radius claims the true one."""
+    evaluate(Linear(), two_blocks(40), THREAT, [], [Exact()], store=store)
+    for path in sorted(store.rglob("*.parquet")):
+        table = pq.ParquetFile(path).read()
+        if table["kind"][0].as_py() == "clean":
+            place = table.schema.get_field_index("correct")
+            flipped = pa.array([False] * len(table))
+            pq.write_table(table.set_column(place, table.schema.field(place), flipped), path)
+
+
 def another_budget_breaks_it(store: Path) -> None:
     """The certificate at the larger eps is broken by the attack at the smaller."""
     evaluate(Linear(), two_blocks(40), FAR, [], [Exact(4.0)], store=store)
@@ -113,8 +129,8 @@ def two_versions(store: Path) -> None:
 
 
 STORES: list[Callable[[Path], None]] = [
-    full, cascade, several_models, probabilistic, lies, another_budget_breaks_it, nan_outputs, extended, changed_data,
-    written_twice, damaged, two_versions,
+    full, cascade, several_models, probabilistic, lies, refuted, wrong_from_the_start, another_budget_breaks_it,
+    nan_outputs, extended, changed_data,    written_twice, damaged, two_versions,
 ]  # fmt: skip
 
 
