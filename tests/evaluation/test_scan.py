@@ -130,7 +130,7 @@ def two_versions(store: Path) -> None:
 
 STORES: list[Callable[[Path], None]] = [
     full, cascade, several_models, probabilistic, lies, refuted, wrong_from_the_start, another_budget_breaks_it,
-    nan_outputs, extended, changed_data,    written_twice, damaged, two_versions,
+    nan_outputs, extended, changed_data, written_twice, damaged, two_versions,
 ]  # fmt: skip
 
 
