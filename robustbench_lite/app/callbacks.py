@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from robustbench_lite.app import receipts, sweeps
 from robustbench_lite.app.console import console
 from robustbench_lite.app.errors import report_errors
+from robustbench_lite.app.objective import check_objective, search_in_words
 from robustbench_lite.app.screen import show_not_applicable, show_sheet, show_unfinished
 from robustbench_lite.app.unkept import is_read_only, unkept
 from robustbench_lite.report.export import write_tables
@@ -33,6 +34,7 @@ class TableCallback(Callback):
         with report_errors() as outcome:
             if not config.store and not config.forecast:
                 raise ValueError("a sweep needs a store, from which its table is made: give store=DIR")
+            check_objective(config.objective)
         if outcome.status:
             raise SystemExit(outcome.status)
 
@@ -41,11 +43,15 @@ class TableCallback(Callback):
         if config.forecast:
             return
         with report_errors() as outcome:
-            outcome.status = _finish(Path(config.hydra.sweep.dir), Path(config.store))
+            folder, store = Path(config.hydra.sweep.dir), Path(config.store)
+            told = search_in_words(folder, store, config.objective)
+            outcome.status = _finish(folder, store, shown=not told)
+            for line in told:
+                console().print(line, highlight=False, soft_wrap=True)
         raise SystemExit(outcome.status)
 
 
-def _finish(folder: Path, store: Path) -> int:
+def _finish(folder: Path, store: Path, shown: bool = True) -> int:
     failed, reports, shards = [], [], 0
     for ended, receipt in sweeps.outcomes(folder):
         report = receipts.report_of(receipt, store) if receipt else None
@@ -57,7 +63,7 @@ def _finish(folder: Path, store: Path) -> int:
         else:
             failed.append(ended)
     found = list(sheets(table_of(report) for _, report in reports))
-    for sheet in found:
+    for sheet in found if shown else []:  # a search has a method a trial: a table as wide as it is long
         show_sheet(sheet)
     for defense, report in reports:
         show_not_applicable(report, defense)

@@ -21,6 +21,13 @@ CANNOT_RUN = 2
 _DEBUG = "--debug shows the traceback"
 _OURS = ("robustbench_lite", *(f"robustbench_lite.{part}" for part in ("attacks", "certify", "conf", "defenses")))
 _METHODS = {"attack": "attacks", "certifier": "certifiers"}
+_EXTRAS = {  # configs that plugins of Hydra bring
+    "hydra/sweeper/optuna": "optuna",
+    "hydra/launcher/joblib": "joblib",
+    "hydra/launcher/ray": "ray",
+    "hydra/launcher/submitit_local": "slurm",
+    "hydra/launcher/submitit_slurm": "slurm",
+}
 _INTERNAL = (AssertionError, AttributeError, IndexError, KeyError, NameError, RecursionError, UnboundLocalError)
 
 
@@ -118,6 +125,8 @@ def _method_alone(group: str, text: str) -> str:
 
 
 def _missing_config(path: str, options: Sequence[str]) -> str:
+    if path in _EXTRAS:
+        return f"{path} needs an extra: pip install 'robustbench_lite[{_EXTRAS[path]}]'"
     group, _, name = path.partition("/")
     known = list(options)
     if group == "defense":

@@ -19,6 +19,7 @@ from robustbench_lite.app.errors import explain
 from robustbench_lite.app.forecast import forecast_job
 from robustbench_lite.app.hydra_app import run
 from robustbench_lite.app.jobs import Done, evaluate_job
+from robustbench_lite.app.objective import value_of
 from robustbench_lite.app.screen import show_report
 
 __all__ = ["job", "main"]
@@ -29,8 +30,10 @@ def main(arguments: Sequence[str]) -> int:
     return run(job, "evaluate", arguments)
 
 
-def job(config: DictConfig) -> int:
+def job(config: DictConfig) -> float:
     """Evaluate one defense and return the exit status: 1 for an invalid row, or one that is not finished.
+
+    Where a sweeper searches, that of a job that is done is its objective, a float.
 
     Alone it shows its table and raises what goes wrong. In a sweep it leaves its outcome in the sweep's folder, so that
     one failure does not end the others.
@@ -51,7 +54,7 @@ def job(config: DictConfig) -> int:
     return int(done.report.verdict == "invalid" or bool(done.problem))
 
 
-def _sweep_job(config: DictConfig) -> int:
+def _sweep_job(config: DictConfig) -> float:
     hydra = HydraConfig.get()
     num, folder, overrides = int(hydra.job.num), Path(hydra.sweep.dir), list(hydra.overrides.task)
     sweeps.begin(folder, num)
@@ -60,6 +63,7 @@ def _sweep_job(config: DictConfig) -> int:
         done = evaluate_job(config, num)
         if done.receipt is None and not shard:
             raise RuntimeError(done.problem or "its rows cannot be read back from the store")
+        answer = None if shard or config.objective is None else value_of(done.report, config.objective)
     except (Exception, SystemExit) as error:  # a net that exits has failed like any other
         message = explain(error) or f"{type(error).__name__}: {error}"
         sweeps.record(folder, sweeps.Ended(num, overrides, None, message, traceback.format_exc(), shard))
@@ -74,7 +78,7 @@ def _sweep_job(config: DictConfig) -> int:
         print(f"  {name}: {done.problem or done.note}", file=sys.stderr)
     how = "from the store" if done.served else f"{time.perf_counter() - start:.1f} s"
     print(f"  {name}: {how}", file=sys.stderr, flush=True)
-    return int(bool(done.problem))
+    return int(bool(done.problem)) if answer is None or done.problem else answer
 
 
 def _subject(config: DictConfig) -> str:

@@ -31,19 +31,19 @@ _DATA = "RBL_DATA"
 ZOO_OF = {"mnist5k": "mnist"}  # data sets that are slices of another one, whose defenses they judge
 
 
-def run(job: Callable[[DictConfig], int], command: str, arguments: Sequence[str]) -> int:
+def run(job: Callable[[DictConfig], float], command: str, arguments: Sequence[str]) -> int:
     """Run a job, or a sweep of jobs, as a Hydra application over `conf/<command>.yaml`; return its exit status.
 
     What goes wrong is raised here, where Hydra would print it. In a sweep a job takes care of its own errors.
     """
-    ends: list[int | Exception] = []
+    ends: list[float | Exception] = []
     home, folder, data = os.getpid(), os.getcwd(), os.environ.get(_DATA)
 
-    def guarded(config: DictConfig) -> int | Exception:
+    def guarded(config: DictConfig) -> float | Exception:
         if os.getpid() != home:
             _come_to(folder, data)
         try:
-            ended: int | Exception = job(config)
+            ended: float | Exception = job(config)
         except Exception as error:  # one of another process must survive being pickled
             ended = error if os.getpid() == home else RuntimeError(explain(error) or f"{type(error).__name__}: {error}")
         ends.append(ended)

@@ -39,6 +39,7 @@ _PRECISIONS = ("auto", "float32", "float64")
 _IGNORED = ("attack", "attacks", "certifier", "certifiers")  # at the top level nobody would read them
 _NOT_KEYED = (  # no answer depends on them; what a limit or a budget leaves unfinished has no receipt
     "store", "device", "batch_size", "usual_eps", "experiment", "shards", "shard", "time_limit", "budget", "forecast",
+    "objective",
 )  # fmt: skip
 
 

@@ -99,7 +99,8 @@ class ShardLauncher(Launcher):
         whole = [place for place in split if all(part.return_value == 0 for part in found[place])]
         joined = dict(zip(whole, self._run([jobs[place] for place in whole]), strict=True))
         worst = [next((part for part in group if part.return_value != 0), group[0]) for group in found]
-        return [joined.get(place, part) for place, part in enumerate(worst)]
+        answers = [joined.get(place, part) for place, part in enumerate(worst)]
+        return answers if self._config.objective is None else [_no_answer_of_the_failed(job) for job in answers]
 
     def _shards(self, job: list[str]) -> list[list[str]]:
         """Return the overrides of a job's shards; none of a job that is not split, or that the store answers."""
@@ -166,6 +167,11 @@ class ShardLauncher(Launcher):
     @property
     def _folder(self) -> Path:
         return Path(self._config.hydra.sweep.dir)
+
+
+def _no_answer_of_the_failed(job: JobReturn) -> JobReturn:
+    """Return a job as a sweeper that searches must see it: an exit status is not a figure of merit."""
+    return job if isinstance(job.return_value, float) else ended(None)
 
 
 def _is_served(config: DictConfig) -> bool:
