@@ -38,7 +38,8 @@ a=1,2,3, and '--debug' shows the traceback of an error. Your own configs: hydra.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `rbl` and return its exit status.
 
-    0: done. 1: done, but a row is invalid, a job failed, or a stored example does not hold. 2: the command cannot run.
+    0: done. 1: done, but a row is invalid or not finished, a job failed, or a stored example does not hold. 2: the
+    command cannot run.
 
     Args:
         argv: the arguments after `rbl`; default those of the process.

@@ -3,7 +3,7 @@
 Each cell that has rows to compute is run on a few samples, drawn by seed, in growing numbers: seconds and memory are
 taken as a fixed part of each call and a part of each sample, passes as means. In a cascade what falls or is proven
 there tells the share of the samples that the next method meets. Errors of a forecast: an attack's steps go on until the
-last sample of its batch has fallen, so that a large batch may take more steps than a small one; a share measured on 32
+last sample of its batch has fallen, so that a large batch may take more steps than a small one; a share measured on 64
 samples is off by its square root; and whatever else the machine does.
 """
 
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Expected", "Forecast", "forecast"]
 
-SIZES = (1, 4, 16, 32)  # samples of the calibration runs
-CELL_SECONDS = 10.0  # a calibration run that would take longer is not made
-WARM_UP = 6.0  # times as long as the next run may a first run take, and be made again
+SIZES = (1, 4, 16, 64)  # samples of the calibration runs
+CELL_SECONDS = 20.0  # after which a cell's calibration goes on to no larger size
+DEAR = 60.0  # seconds of a first run, of one sample, that is not made again: all there is to go by
 _Mask = np.ndarray[Any, np.dtype[np.bool_]]
 _NAME = ["index", "sample_hash", "label"]
 
@@ -215,9 +215,9 @@ def _calibrated(task: Task, part: Samples, subject: Subject) -> tuple[pa.Table, 
 
     rows, first = run(1)
     taken: list[Taken] = []
+    start = time.perf_counter()
     for size in dict.fromkeys(min(size, len(part)) for size in SIZES):
-        expected = taken[-1].seconds / taken[-1].count * size if taken else first.seconds / WARM_UP
-        if expected > CELL_SECONDS:
+        if first.seconds > DEAR or time.perf_counter() - start > CELL_SECONDS:
             break
         rows, last = run(size)
         taken.append(last)

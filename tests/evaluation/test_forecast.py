@@ -43,9 +43,9 @@ def test_passes_are_near_those_of_the_evaluation_and_the_store_is_only_read(tmp_
     for method, cell in by_method(found).items():
         rows = report.records[report.records["method"] == method]
         assert (cell.stored, cell.missing) == (0, 120)
-        for name in ("forwards", "backwards"):  # a mean of 32 of 120 samples
+        for name in ("forwards", "backwards"):  # a mean of 64 of 120 samples
             truth = rows[name].fillna(0).to_numpy(dtype=float)
-            error = 4 * truth.std() / np.sqrt(32) * 120
+            error = 4 * truth.std() / np.sqrt(64) * 120
             assert abs(getattr(cell, name) - truth.sum()) <= error + 1
     before = contents(tmp_path)
     done = forecast(net, data, threat, **methods, store=tmp_path / "store")
@@ -66,7 +66,7 @@ def test_in_a_cascade_the_share_that_is_met_comes_from_the_calibration() -> None
     for method in ("Shift(reach=0.5)", "Shift"):
         own = rows[rows["method"] == method]
         right = own["first_success"].ne(1).sum() / 400  # those that are wrong from the start cost nothing
-        tolerance = 4 * np.sqrt(right * (1 - right) / 32)
+        tolerance = 4 * np.sqrt(right * (1 - right) / 64)
         assert abs(found[method].missing / 400 - right) <= tolerance
     assert found["Shift"].missing < found["Shift(reach=0.5)"].missing < 400
 
@@ -101,20 +101,21 @@ def test_time_is_fixed_part_and_part_of_each_sample(monkeypatch: pytest.MonkeyPa
     assert found["Slow"].minutes == pytest.approx(sum(0.5 + 0.01 * size for size in batches) / 60)
 
 
-def test_a_dear_method_is_run_on_few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, sizes = [0.0], []
+@pytest.mark.parametrize(("seconds", "sizes"), [(0.1, [1, 1, 4, 16, 50]), (6.0, [1, 1, 4]), (100.0, [1])])
+def test_a_dear_method_is_run_on_few_samples(monkeypatch: pytest.MonkeyPatch, seconds: float, sizes: list[int]) -> None:
+    clock, seen = [0.0], []
     monkeypatch.setattr(meter.time, "perf_counter", lambda: clock[0])
 
     @dataclass(frozen=True)
     class Dear(Shift):
         def __call__(self, model: Any, x: torch.Tensor, *rest: Any, **more: Any) -> Any:
-            sizes.append(len(x))
-            clock[0] += 4.0 * len(x)
+            seen.append(len(x))
+            clock[0] += seconds * len(x)
             return super().__call__(model, x, *rest, **more)
 
-    found = by_method(forecast(Linear(), two_blocks(100), THREAT, [Dear()]))
-    assert sizes == [1, 1]  # four would take longer than a calibration run may
-    assert found["Dear"].minutes == pytest.approx(100 * 4.0 / 60)
+    found = by_method(forecast(Linear(), two_blocks(50), THREAT, [Dear()]))
+    assert seen == sizes
+    assert found["Dear"].minutes == pytest.approx(50 * seconds / 60)
 
 
 def test_a_line_goes_through_the_last_two_points_and_never_falls() -> None:
