@@ -91,6 +91,11 @@ def extended(store: Path) -> None:
     evaluate(Linear(), two_blocks(40), THREAT, [Shift()], store=store)
 
 
+def fewer_samples_under_another_threat(store: Path) -> None:
+    evaluate(Linear(), two_blocks(40), THREAT, [Shift()], [Exact()], store=store)
+    evaluate(Linear(), two_blocks(40).head(15), FAR, [Shift()], [Exact()], store=store, name="renamed")
+
+
 def changed_data(store: Path) -> None:
     x, y = linear_data(30)
     for labels in (y, torch.where(torch.arange(30) % 5 == 0, 1 - y, y)):
@@ -130,7 +135,7 @@ def two_versions(store: Path) -> None:
 
 STORES: list[Callable[[Path], None]] = [
     full, cascade, several_models, probabilistic, lies, refuted, wrong_from_the_start, another_budget_breaks_it,
-    nan_outputs, extended, changed_data, written_twice, damaged, two_versions,
+    nan_outputs, extended, fewer_samples_under_another_threat, changed_data, written_twice, damaged, two_versions,
 ]  # fmt: skip
 
 
