@@ -235,7 +235,7 @@ def test_leaderboard(rbl, folder: Path, zoo: Path) -> None:
     status, out, err = rbl("leaderboard", *SMALL)
     assert status == 0, err
     written = tables(folder)
-    assert {name.rpartition(".")[2] for name in written} == {"csv", "md", "tex"}
+    assert {name.rpartition(".")[2] for name in written} == {"csv", "json", "md", "tex"}
     rows = list(csv.DictReader(next(v for k, v in written.items() if k.endswith("csv")).decode().splitlines()))
     assert {row["defense"] for row in rows} == {"digits/a", "digits/b"}
     assert [float(row["worst_case"]) for row in rows] == sorted((float(r["worst_case"]) for r in rows), reverse=True)

@@ -106,7 +106,8 @@ def test_as_many_parameters_as_published(name: str, shape: tuple[int, int], comp
 
 
 def test_every_config_of_the_group_was_counted() -> None:
-    others = {"custom", "class_vaes"}  # the user's own; tests/models/test_class_vaes.py counts the autoencoders'
+    others = {"custom", "onnx", "robustbench"}  # the user's own
+    others |= {"class_vaes"}  # tests/models/test_class_vaes.py counts the autoencoders'
     assert {name for name, *_ in COUNTS} | others == set(registry.groups("model"))
 
 
