@@ -100,6 +100,8 @@ def test_the_usual_budget_is_of_the_data_and_can_be_given(threat: str) -> None:
 
 @pytest.mark.parametrize("name", registry.groups("experiment"))
 def test_an_experiment_is_headed_by_its_command(name: str) -> None:
+    if name == "attack_search":
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     text = registry.groups("experiment")[name].read_text(encoding="utf-8")
     line = next(line for line in text.splitlines() if line.startswith("# rbl "))
     _, command, *arguments = shlex.split(line.removeprefix("# "))

@@ -48,7 +48,7 @@ def utils(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTyp
 
     vars(module).update(load_model=load_model, all_models={Datasets.cifar_10: {Threats.Linf: {"Some2020Net": {}}}})
     stand_ins = {"robustbench": package, "robustbench.utils": module}
-    stand_ins |= {name: ModuleType(name) for name in ("pyautoattack", "pyautoattack.state")}  # what it requires
+    stand_ins |= {name: ModuleType(name) for name in ("autoattack", "autoattack.state")}  # what it imports
     for name, part in stand_ins.items():
         monkeypatch.setitem(sys.modules, name, part)
     (tmp_path / "cifar10" / "Linf").mkdir(parents=True)
