@@ -45,6 +45,7 @@ LAUNCHERS = {
     "ray": [*SHARDS, "hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2"],
     "submitit_local": [*SHARDS, "hydra/launcher=submitit_local", "hydra.sweeper.max_batch_size=1"],
 }
+FILES = 20  # of some 200, when the node is killed
 PLUGINS = {"joblib": "joblib", "ray": "ray", "submitit_local": "submitit"}
 RBL = [sys.executable, "-c", "import sys; from robustbench_lite.app.main import main; sys.exit(main(sys.argv[1:]))"]
 
@@ -146,33 +147,35 @@ def cores(folder: Path, images: int) -> bool:
 
 def killed_node(folder: Path, images: int) -> bool:
     """Two Ray nodes on loopback; the second is killed, with the job it runs, once cells are there."""
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")  # on a busy machine a node takes minutes
     from ray.cluster_utils import Cluster
 
     expected, store = folder / "one_process", folder / "cluster"
     sweep(expected, images, [])
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    node = cluster.add_node(num_cpus=1)
-    cluster.wait_for_nodes()
-    address = f"hydra.launcher.ray.init.address={cluster.address}"
-    start = time.perf_counter()
-    with store.with_suffix(".log").open("w") as log:
-        running = subprocess.Popen(
-            command(store, images, [*SHARDS, "hydra/launcher=ray", address]), stdout=log, stderr=log
-        )
+    cluster, start = Cluster(initialize_head=True, head_node_args={"num_cpus": 1}), time.perf_counter()
     try:
-        while running.poll() is None and len(list(store.glob("cells/*/*.parquet"))) < 10:
+        node = cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        address = f"hydra.launcher.ray.init.address={cluster.address}"
+        with store.with_suffix(".log").open("w") as log:
+            arguments = command(store, images, [*SHARDS, "hydra/launcher=ray", address])
+            running = subprocess.Popen(arguments, stdout=log, stderr=log)
+        while running.poll() is None and not (files(store) >= FILES and jobs_under(raylet(node))):
             time.sleep(0.05)
-        before, jobs = len(list(store.glob("cells/*/*.parquet"))), jobs_under(raylet(node))
+        before, jobs = files(store), jobs_under(raylet(node))
         cluster.remove_node(node, allow_graceful=False)
         status = running.wait()
     finally:
-        running.kill()
         cluster.shutdown()
-    seconds = time.perf_counter() - start
     good, words = judged(store, expected)
     print(f"node killed when {before} files of cells were there, with {jobs} job(s) under way on it")
-    print(f"status {status} after {seconds:.1f} s: {words}")
+    print(f"status {status} after {time.perf_counter() - start:.1f} s: {words}")
     return good and status == 0 and jobs > 0
+
+
+def files(store: Path) -> int:
+    """How many files of records there are."""
+    return len(list(store.glob("cells/*/*.parquet")))
 
 
 def raylet(node: Any) -> int:

@@ -72,6 +72,7 @@ SPACE = ("suite.attacks.pgd.loss=ce", "suite.attacks.pgd.step_size=choice(0.0005
 
 
 @needs_optuna
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:::sqlalchemy", "ignore:::optuna")
 def test_a_search_is_told_the_robust_accuracy_and_finds_its_least(rbl, folder: Path) -> None:
     few = ("hydra.sweeper.n_trials=5", "suite.attacks.pgd.steps=3", *SPACE)
