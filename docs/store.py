@@ -51,9 +51,10 @@ TAIL = """
 
 makes few large files of the many small ones of each cell. Others may read and write meanwhile, and it may be killed at
 any moment: the merged file appears whole before the old ones go, what is there twice is read once, and who finds a file
-gone reads the folder again. Each merged file is read back and compared before anything is removed. Rows that were made
-under other versions or on another device keep a file of their own. What is damaged is left as it is, and named. A file
-has at most 10,000 rows, and examples that fit in memory.
+gone reads the folder again. Of several rows about one sample the one that is read stays, with its example. Each merged
+file is read back and compared before anything is removed. Rows that were made under other versions or on another device
+keep a file of their own. What is damaged is left as it is, and named. A file has at most 10,000 rows, and examples that
+fit in memory.
 
 A store of 10,000,000 rows in 1,000 cells is summed up one model at a time, by the columns that the table needs:
 `python benchmarks/store_size.py`.
@@ -69,8 +70,11 @@ files = ds.dataset([str(path) for path in Path("results/cells").glob("*/*.parque
 attacks = files.to_table(["defense", "threat", "eps", "method", "index", "success"], ds.field("kind") == "attack")
 ```
 
-A row that two machines computed at the same time is there twice until the store is compacted;
-`Store("results").records()` reads each once, and leaves out rows about images that have changed since.
+A row that two machines computed at the same time is there twice until the store is compacted. This package reads each
+once: where the two differ, as those of a randomised model may, the one that says less for the model, whatever the files
+are called (a success before a failure, the nearer of two; not certified before certified, the smaller radius; a wrong
+clean answer before a right one). `Store("results").records()` does so, and leaves out rows about images that have
+changed since.
 
 ## Verify it
 

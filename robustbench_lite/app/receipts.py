@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 
 from robustbench_lite.evaluation.audit import SAMPLE, audit
 from robustbench_lite.evaluation.files import put
 from robustbench_lite.evaluation.flags import Flag, submitted_beats_attacks
 from robustbench_lite.evaluation.handed import outsiders, with_submitted
-from robustbench_lite.evaluation.records import SUBMITTED
+from robustbench_lite.evaluation.precedence import each_once
+from robustbench_lite.evaluation.records import SUBMITTED, to_frame
 from robustbench_lite.evaluation.report import NotApplicable, Report
 from robustbench_lite.evaluation.store import Store
 from robustbench_lite.evaluation.unfinished import Unfinished
@@ -164,13 +166,12 @@ def _rows(opened: Store, receipt: Receipt, method: dict[str, Any], samples: pd.D
     """Return the rows of one method, each once and in the order of their indices; None where one is missing."""
     indices = [index for low, high in method["indices"] for index in range(low, high + 1)]
     found = [opened.cell_records(name, indices) for name in method["cells"]]
-    frames = [frame for frame in found if frame is not None]
-    if not frames:
+    tables = [table for table in found if table is not None]
+    if not tables:
         return None
     wanted = pd.MultiIndex.from_frame(samples[samples["index"].isin(indices)])
-    rows = pd.concat(frames, ignore_index=True)
-    rows = rows[pd.MultiIndex.from_frame(rows[SAMPLE]).isin(wanted)]
-    rows = rows.drop_duplicates(SAMPLE).sort_values("index", ignore_index=True)
+    rows = to_frame(each_once(pa.concat_tables(tables)))
+    rows = rows[pd.MultiIndex.from_frame(rows[SAMPLE]).isin(wanted)].sort_values("index", ignore_index=True)
     rows["defense"] = pd.Series([receipt.defense] * len(rows), dtype=rows["defense"].dtype)
     return rows if list(rows["index"]) == indices else None
 

@@ -1,8 +1,8 @@
 """Compaction: the small files of each cell become few large ones, while others read and write the store.
 
-A merged file holds the rows of up to 20 neighbouring blocks, each once and by index, and the examples that belong to
-them. Files that were made under other versions or on another device keep files of their own, since a file says how its
-rows came about. The order of events makes a kill harmless:
+A merged file holds the rows of up to 20 neighbouring blocks, each once (`precedence`) and by index, and the examples
+that belong to them. Files that were made under other versions or on another device keep files of their own, since a
+file says how its rows came about. The order of events makes a kill harmless:
 
 1. the merged files appear, examples before records, each whole or not at all; rows are now there twice, and read once;
 2. they are read back and compared with what was merged;
@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from robustbench_lite.evaluation.cells import sample_keys
 from robustbench_lite.evaluation.examples import Examples, read_examples, write_examples
 from robustbench_lite.evaluation.files import remove_leftovers, write_files
 from robustbench_lite.evaluation.folders import fresh_path, settled, span
 from robustbench_lite.evaluation.parquet import DAMAGE, only_damage, read_rows, read_whole, write_rows
+from robustbench_lite.evaluation.precedence import chosen
 from robustbench_lite.evaluation.records import SCHEMA
 from robustbench_lite.evaluation.store import Store, StoreError
 
@@ -144,27 +144,25 @@ def _layers(files: list[_File]) -> list[_Merged]:
 
     Examples go by their index, so an index that stands for two images (the data have changed) needs two tables.
     """
-    known: set[tuple[int, str, int]] = set()
-    chosen: list[list[tuple[int, int]]] = []  # of each layer: the file and the position of each row
+    places = [(number, place) for number, file in enumerate(files) for place in range(len(file.rows))]
+    rows = pa.concat_tables([file.rows for file in files])
+    layers: list[list[tuple[int, int]]] = []  # of each: the file and the position of each row
     taken: list[set[int]] = []
-    for number, file in enumerate(files):
-        for place, key in enumerate(sample_keys(file.rows)):
-            if key in known:
-                continue
-            known.add(key)
-            layer = next((i for i, indices in enumerate(taken) if key[0] not in indices), len(taken))
-            if layer == len(taken):
-                taken.append(set())
-                chosen.append([])
-            taken[layer].add(key[0])
-            chosen[layer].append((number, place))
-    return [_collect(files, rows) for rows in chosen]
+    indices = rows["index"].to_pylist()
+    for row in chosen(rows):
+        layer = next((i for i, held in enumerate(taken) if indices[row] not in held), len(taken))
+        if layer == len(taken):
+            taken.append(set())
+            layers.append([])
+        taken[layer].add(indices[row])
+        layers[layer].append(places[row])
+    return [_collect(files, own) for own in layers]
 
 
-def _collect(files: list[_File], chosen: list[tuple[int, int]]) -> _Merged:
+def _collect(files: list[_File], own: list[tuple[int, int]]) -> _Merged:
     tables, parts = [], []
     for number, file in enumerate(files):
-        rows = file.rows.take(pa.array([place for owner, place in chosen if owner == number], pa.int64()))
+        rows = file.rows.take(pa.array([place for owner, place in own if owner == number], pa.int64()))
         tables.append(rows.replace_schema_metadata(files[0].about))
         if file.examples is not None:
             mine = np.isin(file.examples.index, rows["index"].to_numpy())

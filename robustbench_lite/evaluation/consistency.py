@@ -15,8 +15,8 @@ import pandas as pd
 from robustbench_lite.evaluation.audit import SAMPLE
 from robustbench_lite.evaluation.examples import Examples
 from robustbench_lite.evaluation.handed import Submitted
+from robustbench_lite.evaluation.parts import Part
 from robustbench_lite.evaluation.specs import build, canonical, title
-from robustbench_lite.evaluation.store import Part
 
 __all__ = ["against_cell", "against_examples", "against_themselves"]
 

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
-__all__ = ["fresh_path", "holds", "listed", "overlap", "settled", "span"]
+__all__ = ["fresh_path", "holds", "listed", "meets", "overlap", "settled", "span"]
 
 T = TypeVar("T")
 
@@ -39,6 +39,12 @@ def holds(path: Path, block: int) -> bool:
     except ValueError:
         return False
     return first <= block <= last
+
+
+def meets(path: Path, blocks: set[int]) -> bool:
+    """Say whether a file of ours may have rows of one of these blocks."""
+    first, last = span(path)
+    return any(first <= block <= last for block in blocks)
 
 
 def fresh_path(folder: Path, first: int, last: int) -> Path:

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from robustbench_lite.evaluation.cells import Cell, sample_keys
+from robustbench_lite.evaluation.cells import Cell
 from robustbench_lite.evaluation.environment import environment
 from robustbench_lite.evaluation.records import SCHEMA, SCHEMA_VERSION
 from robustbench_lite.evaluation.specs import canonical
@@ -17,7 +17,6 @@ __all__ = [
     "DAMAGE",
     "NewerSchemaError",
     "StoreError",
-    "each_once",
     "metadata",
     "only_damage",
     "read_head",
@@ -107,11 +106,3 @@ def _check_version(path: Path, metadata: dict[bytes, bytes]) -> None:
             f"{path} has schema version {version}, but this package knows {SCHEMA_VERSION}: upgrade robustbench_lite, "
             "or choose another store"
         )
-
-
-def each_once(table: pa.Table) -> pa.Table:
-    """Keep the first of the rows that have one name."""
-    first: dict[tuple[int, str, int], int] = {}
-    for place, key in enumerate(sample_keys(table)):
-        first.setdefault(key, place)
-    return table if len(first) == len(table) else table.take(list(first.values()))

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from robustbench_lite.core.threats import Threat
 from robustbench_lite.evaluation.examples import Examples
+from robustbench_lite.evaluation.parts import Part
 from robustbench_lite.evaluation.records import TIE
 from robustbench_lite.evaluation.samples import Samples
 from robustbench_lite.evaluation.specs import build
-from robustbench_lite.evaluation.store import Part
 from robustbench_lite.evaluation.subject import Subject
 
 __all__ = ["attack_reasons", "clean_reasons"]

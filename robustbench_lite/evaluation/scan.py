@@ -19,8 +19,9 @@ import pyarrow.compute as pc
 
 from robustbench_lite.evaluation.audit import Contradiction, audit
 from robustbench_lite.evaluation.lines import Line, Mask, Names, Scores, Seen, Summary, titled, to_summary
+from robustbench_lite.evaluation.parts import Head
 from robustbench_lite.evaluation.records import SUBMITTED
-from robustbench_lite.evaluation.store import Head, Store
+from robustbench_lite.evaluation.store import Store
 from robustbench_lite.evaluation.summary import lines_of
 
 __all__ = ["Scan", "scan"]

@@ -8,8 +8,9 @@
     STORE/violations/<sample>.json, .safetensors        witnesses of the audit
 
 A file appears whole or not at all, and its examples before it: a killed run loses the block in flight, nothing else.
-Names are unique, so several machines may write to one store. A row that two of them wrote is read once. Files may be
-merged at any time: who reads a cell and finds one gone reads the cell again (`folders`). docs/store.md has the rest.
+Names are unique, so several machines may write to one store. A row that two of them wrote is read once (`precedence`).
+Files may be merged at any time: who reads a cell and finds one gone reads the cell again (`folders`). docs/store.md has
+the rest.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,12 +29,11 @@ import pyarrow.compute as pc
 from robustbench_lite.evaluation.cells import BLOCK, Cell, SampleNames, sample_keys
 from robustbench_lite.evaluation.examples import Examples, read_examples, write_examples
 from robustbench_lite.evaluation.files import remove_leftovers, require_writable, set_aside, write_files
-from robustbench_lite.evaluation.folders import fresh_path, holds, overlap, settled, span
+from robustbench_lite.evaluation.folders import fresh_path, holds, meets, overlap, settled, span
 from robustbench_lite.evaluation.notes import Run, keep_notes, read_notes
 from robustbench_lite.evaluation.parquet import (
     DAMAGE,
     StoreError,
-    each_once,
     metadata,
     only_damage,
     read_head,
@@ -42,50 +41,15 @@ from robustbench_lite.evaluation.parquet import (
     read_rows,
     write_rows,
 )
-from robustbench_lite.evaluation.records import KINDS, SCHEMA, empty_records, to_frame
-from robustbench_lite.evaluation.specs import canonical
+from robustbench_lite.evaluation.parts import CONSTANT, Head, Part, rank_of
+from robustbench_lite.evaluation.precedence import best_first, each_once, repeated
+from robustbench_lite.evaluation.records import SCHEMA, empty_records, to_frame
 from robustbench_lite.evaluation.versions import SAMPLE_COLUMNS, ambiguous, keep_slice, newest, rows_of
 
-__all__ = ["CONSTANT", "Head", "Part", "Store", "StoreError", "rank_of"]
+__all__ = ["Store", "StoreError"]
 
 _LOG = logging.getLogger(__name__)
 _KEY = ("index", "sample_hash", "label")
-CONSTANT = (
-    "dataset", "defense", "fingerprint", "threat", "eps", "kind", "method", "version", "seed", "precision",
-)  # fmt: skip
-"""The columns that all records of a cell share; of `defense` the name when the first of them was written."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One file of records.
-
-    Attributes:
-        path: where it is.
-        identity: its cell's identity, with the specs that rebuild threat and method.
-        environment: versions and device it was made under.
-        defense: what the model was called.
-    """
-
-    path: Path
-    identity: dict[str, Any]
-    environment: dict[str, str]
-    defense: str
-
-
-@dataclass(frozen=True)
-class Head:
-    """What a cell is about.
-
-    Attributes:
-        name: of its folder.
-        identity: with the specs that rebuild threat and method.
-        row: the columns that all its records share (`CONSTANT`), by name.
-    """
-
-    name: str
-    identity: dict[str, Any]
-    row: dict[str, Any]
 
 
 class Store:
@@ -141,14 +105,16 @@ class Store:
         write_files(files)
 
     def examples(self, cell: Cell, block: int, sample: tuple[int, str, int]) -> Iterator[Examples]:
-        """Yield the stored examples of those files of a cell's block that have a row of this sample.
+        """Yield the stored examples beside the rows of a sample in a cell's block; first those of the row that is read.
 
         The sample is (index, image hash, label): its index alone may have stood for another image.
         """
         found = settled(
             self._folder(cell), lambda paths: [self._example(path, sample) for path in paths if holds(path, block)]
         )
-        yield from (examples for examples in found if examples is not None)
+        rows = pa.concat_tables([empty_records(), *(row for row, _ in found)])
+        beside = [examples for row, examples in found if len(row)]
+        yield from (examples for place in best_first(rows) if (examples := beside[place]) is not None)
 
     def examples_of(self, records: Path) -> Examples | None:
         """Return the examples beside a file of records; None where there are none, or where they are damaged."""
@@ -204,7 +170,7 @@ class Store:
             self._report(f"damaged records {part.path.relative_to(self.root)}: {error}")
             return None
 
-    def cell_records(self, name: str, indices: Iterable[int]) -> pd.DataFrame | None:
+    def cell_records(self, name: str, indices: Iterable[int]) -> pa.Table | None:
         """Return the records of the cell of this name about these dataset indices, each once; None if all are damaged.
 
         Raises:
@@ -213,11 +179,10 @@ class Store:
         blocks = {index // BLOCK for index in indices}
 
         def read(paths: list[Path]) -> pa.Table | None:
-            wanted = [path for path in paths if _meets(path, blocks)]
+            wanted = [path for path in paths if meets(path, blocks)]
             return self._cell_records(wanted, SCHEMA.names, {}) if wanted else None
 
-        table = settled(self.root / "cells" / name, read)
-        return None if table is None else to_frame(table)
+        return settled(self.root / "cells" / name, read)
 
     def columns(self, name: str, columns: Iterable[str]) -> pa.Table:
         """Return these columns of the cell of this name, each row once.
@@ -315,9 +280,10 @@ class Store:
             self._report(f"damaged records {path.relative_to(self.root)}: {error}")
             return None
 
-    def _example(self, records: Path, sample: tuple[int, str, int]) -> Examples | None:
+    def _example(self, records: Path, sample: tuple[int, str, int]) -> tuple[pa.Table, Examples | None]:
+        """Return the row that a file has of a sample, if any, and the examples beside it."""
         rows, found = self._sound(records), self.examples_of(records)
-        return found if sample in sample_keys(rows) else None
+        return rows.filter(pa.array([key == sample for key in sample_keys(rows)], pa.bool_())), found
 
     def _of_block(self, path: Path, block: int) -> pa.Table:
         """Return the rows that a file has of a block."""
@@ -343,19 +309,24 @@ class Store:
 
     def _cell_records(self, paths: list[Path], names: list[str], equal: dict[str, Any]) -> pa.Table:
         twice = overlap(paths)  # only then can a row be there twice
-        needed = list(dict.fromkeys([*names, *equal, *(_KEY if twice else ())]))
-        tables = []
-        for path in paths:
-            try:
-                tables.append(read_rows(path, needed))
-            except DAMAGE as error:
-                only_damage(error)
-                self._report(f"damaged records {path.relative_to(self.root)}: {error}; left out")
-        table = pa.concat_tables([pa.schema([SCHEMA.field(n) for n in needed]).empty_table(), *tables])
-        table = each_once(table) if twice else table
+        table = self._columns(paths, [*names, *equal, *(_KEY if twice else ())])
+        if twice and repeated(table):
+            table = each_once(self._columns(paths, SCHEMA.names))
         for name, value in equal.items():
             table = table.filter(pc.equal(table.column(name), pa.scalar(value, SCHEMA.field(name).type)))
         return table.select(names)
+
+    def _columns(self, paths: list[Path], names: list[str]) -> pa.Table:
+        """Return columns of all rows of some files, damaged ones left out."""
+        wanted = list(dict.fromkeys(names))
+        tables = [pa.schema([SCHEMA.field(name) for name in wanted]).empty_table()]
+        for path in paths:
+            try:
+                tables.append(read_rows(path, wanted))
+            except DAMAGE as error:
+                only_damage(error)
+                self._report(f"damaged records {path.relative_to(self.root)}: {error}; left out")
+        return pa.concat_tables(tables)
 
     def _one_version(self, rows: pa.Table) -> pa.Table:
         """Leave out what a model was asked about older data of the same name; unknown slices are older."""
@@ -381,13 +352,3 @@ class Store:
         if message not in self.warnings:
             self.warnings.append(message)
             _LOG.warning(message)
-
-
-def rank_of(identity: dict[str, Any]) -> str:
-    """Return what cells are ordered by: kind, method, threat."""
-    return canonical([KINDS.index(identity["kind"]), identity["method"], identity["threat"]])
-
-
-def _meets(path: Path, blocks: set[int]) -> bool:
-    first, last = span(path)
-    return any(first <= block <= last for block in blocks)

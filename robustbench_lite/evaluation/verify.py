@@ -24,10 +24,11 @@ from robustbench_lite.evaluation.audit import Contradiction
 from robustbench_lite.evaluation.consistency import against_cell, against_examples, against_themselves
 from robustbench_lite.evaluation.examples import Examples
 from robustbench_lite.evaluation.lines import Summary
+from robustbench_lite.evaluation.parts import Part
 from robustbench_lite.evaluation.recheck import attack_reasons, clean_reasons
 from robustbench_lite.evaluation.samples import Samples, as_samples
 from robustbench_lite.evaluation.scan import scan
-from robustbench_lite.evaluation.store import Part, Store
+from robustbench_lite.evaluation.store import Store
 from robustbench_lite.evaluation.subject import Subject
 
 __all__ = ["Mismatch", "Verification", "verify"]
