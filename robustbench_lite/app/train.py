@@ -73,6 +73,7 @@ def job(config: DictConfig, command: str) -> int:
 
     from robustbench_lite.app import building
     from robustbench_lite.training import train
+    from robustbench_lite.training.checkpoint import seconds_in
 
     samples = building.data(plain | {"data": plain["data"] | {"split": "train"}})
     objective = building.build(plain["defense"], "defense")
@@ -83,7 +84,7 @@ def job(config: DictConfig, command: str) -> int:
     checkpoint = _checkpoint(plain)
     if checkpoint.exists():
         print(f"going on from {checkpoint}", file=sys.stderr)
-    start = time.perf_counter()
+    before, start = seconds_in(checkpoint), time.perf_counter()
     defense = train(
         net,
         samples,
@@ -94,7 +95,7 @@ def job(config: DictConfig, command: str) -> int:
         calibration=building.data(plain | {"data": plain["data"] | {"split": "calibration"}, "limit": None}),
         progress=plain["progress"] and sys.stderr.isatty(),
     )
-    hours = (time.perf_counter() - start) / 3600
+    hours = (before + time.perf_counter() - start) / 3600
     accuracy = _accuracy(defense, building.data(plain | {"limit": None}))
     where = _keep(plain, defense, node, samples, command, hours, accuracy)
     _remove(checkpoint)

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
+__all__ = ["load_checkpoint", "save_checkpoint", "seconds_in"]
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save_checkpoint(path: Path, identity: Mapping[str, str], content: Mapping[str, Any]) -> None:
@@ -45,13 +45,7 @@ def load_checkpoint(path: Path, identity: Mapping[str, str]) -> dict[str, Any] |
     """
     if not path.exists():
         return None
-    written = path.read_bytes()
-    try:
-        saved = torch.load(io.BytesIO(written), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:  # what broken files raise
-        raise ValueError(f"{path} is no readable training checkpoint: delete it to start anew ({error})") from error
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise ValueError(f"{path} is no training checkpoint of format {FORMAT}: delete it or choose another path")
+    saved = _read(path)
     theirs: dict[str, str] = saved["identity"]
     keys = [key for key in {**identity, **theirs} if theirs.get(key) != identity.get(key)]
     if keys:
@@ -62,6 +56,26 @@ def load_checkpoint(path: Path, identity: Mapping[str, str]) -> dict[str, Any] |
         )
     content: dict[str, Any] = saved["content"]
     return content
+
+
+def seconds_in(path: Path) -> float:
+    """Return the wall time of the epochs behind a checkpoint, in seconds; 0 if there is no such file.
+
+    Raises:
+        ValueError: the file is no checkpoint of this package.
+    """
+    return float(_read(path)["content"]["seconds"]) if path.exists() else 0.0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    written = path.read_bytes()
+    try:
+        saved = torch.load(io.BytesIO(written), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:  # what broken files raise
+        raise ValueError(f"{path} is no readable training checkpoint: delete it to start anew ({error})") from error
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        raise ValueError(f"{path} is no training checkpoint of format {FORMAT}: delete it or choose another path")
+    return saved
 
 
 def _difference(theirs: str | None, ours: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -55,6 +56,7 @@ class Run:
         self.order = torch.Generator().manual_seed(settings.seed)
         self.noise = torch.Generator().manual_seed(settings.seed + (1 << 32))
         self.epoch = 0
+        self.seconds = 0.0  # wall time of the epochs so far
         self.steps_per_epoch = -(-len(data) // settings.batch_size)
         device = settings.device
         self._images = data.images.to(device) if data.images.nbytes <= RESIDENT_BYTES else data.images
@@ -74,6 +76,7 @@ class Run:
         Raises:
             FloatingPointError: a loss is not finite; the model's weights are then of no use.
         """
+        start = time.perf_counter()
         self.model.train()
         losses = torch.zeros(self.steps_per_epoch, device=self.settings.device)
         look = 1 if self.settings.device.type == "cpu" else CHECK_EVERY
@@ -85,6 +88,7 @@ class Run:
                 self._check(losses[: k + 1])
             advance(step.index + 1)
         self.epoch += 1
+        self.seconds += time.perf_counter() - start
         return float(losses.mean())
 
     def _train_step(self, rows: Tensor, step: Step) -> Tensor:
@@ -127,6 +131,7 @@ class Run:
         device = self.settings.device
         return {
             "epoch": self.epoch,
+            "seconds": self.seconds,
             "model": self.model.state_dict(),
             "state": None if state is None else dict(state),
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
@@ -138,7 +143,7 @@ class Run:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on from where `state_dict` was taken."""
-        self.epoch = saved["epoch"]
+        self.epoch, self.seconds = saved["epoch"], saved["seconds"]
         self.model.load_state_dict(saved["model"])
         if isinstance(self.state, nn.Module):
             self.state.load_state_dict(saved["state"])

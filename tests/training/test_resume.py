@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from robustbench_lite.defenses import AdversarialTraining, Deploy, EnsembleAdver
 from robustbench_lite.defenses.base import Batch, Objective, State, Step, TrainingData
 from robustbench_lite.defenses.standard import StandardTraining
 from robustbench_lite.training import CropFlip, train
+from robustbench_lite.training.checkpoint import seconds_in
 
 STEPS_PER_EPOCH, EPOCHS = 4, 3
 
@@ -117,6 +119,27 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     stamp = path.stat().st_mtime_ns
     assert equal(run(Noisy(), path), first)
     assert path.stat().st_mtime_ns == stamp
+
+
+def test_a_checkpoint_counts_the_time_of_all_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that ticks once a reading: an epoch, read at its two ends, takes a second, in either process."""
+    clock, path = itertools.count(), tmp_path / "run.pt"
+    assert seconds_in(path) == 0
+    monkeypatch.setattr("robustbench_lite.training.run.time.perf_counter", lambda: next(clock))
+    second = Noisy.update
+
+    def update(self: Objective, model: nn.Module, batch: Batch, step: Step, *rest: Any) -> Tensor:
+        if step.epoch == 1:
+            raise KilledError
+        return second(self, model, batch, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Noisy, "update", update)
+        with pytest.raises(KilledError):
+            run(Noisy(), path)
+    assert seconds_in(path) == 1
+    run(Noisy(), path)
+    assert seconds_in(path) == EPOCHS
 
 
 SCRIPT = """
@@ -295,7 +318,7 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
             return (os.mkdir, (str(tmp_path / "owned"),))
 
     path = tmp_path / "run.pt"
-    torch.save({"format": 1, "content": Evil()}, path)
+    torch.save({"format": 2, "content": Evil()}, path)
     with pytest.raises(ValueError, match="is no readable training checkpoint"):
         run(StandardTraining(), path)
     assert not (tmp_path / "owned").exists()
@@ -304,5 +327,5 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
 def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     torch.save(net().state_dict(), path)
-    with pytest.raises(ValueError, match="is no training checkpoint of format 1"):
+    with pytest.raises(ValueError, match="is no training checkpoint of format 2"):
         run(StandardTraining(), path)
