@@ -20,6 +20,7 @@ flight. Any parquet reader can read it: nothing below needs this package.
 | several blocks, merged | `cells/<cell>/<first>_<last>-<unique>.parquet` and `.safetensors`, at most {GROUP} blocks |
 | flags that no record shows | `flags/<model>-<data>.json` |
 | which samples were evaluated together | `slices/<model>-<data>-<content>.json` |
+| under which threats, and where their clean answers are | `slices/<model>-<data>-<content>@<run>.json` |
 | witnesses of violations | `violations/<model>-<digest>.json` and `.safetensors` |
 | finished jobs, to be served without torch | `receipts/<key>.json` |
 | what outsiders handed in, and what became of it | `submissions/<model>-<data>-<cell>.json` |

@@ -160,7 +160,7 @@ def evaluate(
         _check_answered(records, ledger)
         for judged in threats if probed else []:
             notes += _probed(ledger, samples, judged, _fallen(records, judged), seed)
-    _keep_slice(subject, samples, ledger)
+    _keep_slice(tasks[0].cell, samples, plan, ledger)
     return _report(records, plan, refused, notes, ledger, witnesses)
 
 
@@ -245,12 +245,12 @@ def _fallen(records: pd.DataFrame, threat: Threat) -> set[int]:
     return set(rows["index"].tolist())
 
 
-def _keep_slice(subject: Subject, samples: Samples, ledger: Ledger) -> None:
+def _keep_slice(clean: Cell, samples: Samples, plan: Plan, ledger: Ledger) -> None:
     """Say in the store which samples belong together; one that can only be read does without if it is complete."""
     if ledger.store is None:
         return
     try:
-        ledger.store.put_slice(subject.fingerprint, samples.name, samples)
+        ledger.store.put_slice(clean, samples, plan.names)
     except OSError as error:
         ledger.unsaved += [f"the list of samples: {error}"] if ledger.wrote else []
 

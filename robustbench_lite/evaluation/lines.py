@@ -16,6 +16,7 @@ from robustbench_lite.evaluation.audit import GROUP
 from robustbench_lite.evaluation.detection import area_under_curve
 from robustbench_lite.evaluation.intervals import clopper_pearson
 from robustbench_lite.evaluation.notes import concerns, speaks_for
+from robustbench_lite.evaluation.unanswered import unanswered_under
 
 __all__ = ["Flags", "Line", "Mask", "Names", "Outcomes", "Scores", "Seen", "Summary", "titled", "to_summary"]
 
@@ -221,6 +222,7 @@ def to_summary(lines: Iterable[Line], flags: Flags, invalid: set[tuple[Any, ...]
     for line in lines:
         key, figures = line.key, line.figures()
         notes = [note for note in flags.get((key["fingerprint"], key["dataset"]), ()) if concerns(note, key)]
+        figures["incomplete"] += unanswered_under(notes, key)
         raised = [note["id"] for note in notes if note.get("raised", True)] + ["non_finite"] * line.non_finite
         raised += ["submitted_beats_attacks"] * bool(line.outsiders.any())
         sound = not raised and bool(line.attacks) and figures["incomplete"] == 0

@@ -4,7 +4,7 @@
     STORE/cells/<cell>/<block>-<unique>.safetensors     the adversarial examples of its successes
     STORE/cells/<cell>/<first>_<last>-<unique>.*        the same of several blocks, merged (`compact`)
     STORE/flags/<fingerprint>-<dataset>@<threat>.json   flags that no record shows (`notes`)
-    STORE/slices/<fingerprint>-<dataset>-<content>.json the samples of each evaluation (`versions`)
+    STORE/slices/<fingerprint>-<dataset>-<content>.json the samples of each evaluation (`versions`, `unanswered`)
     STORE/violations/<sample>.json, .safetensors        witnesses of the audit
 
 A file appears whole or not at all, and its examples before it: a killed run loses the block in flight, nothing else.
@@ -44,6 +44,7 @@ from robustbench_lite.evaluation.parquet import (
 from robustbench_lite.evaluation.parts import CONSTANT, Head, Part, rank_of
 from robustbench_lite.evaluation.precedence import best_first, each_once, repeated
 from robustbench_lite.evaluation.records import SCHEMA, empty_records, to_frame
+from robustbench_lite.evaluation.unanswered import keep_run, unanswered
 from robustbench_lite.evaluation.versions import SAMPLE_COLUMNS, ambiguous, keep_slice, newest, rows_of
 
 __all__ = ["Store", "StoreError"]
@@ -229,13 +230,14 @@ class Store:
         whole = pa.concat_tables([schema.empty_table(), *tables])
         return to_frame((whole if all_versions else self._one_version(whole)).select(names))
 
-    def put_slice(self, fingerprint: str, dataset: str, samples: SampleNames) -> None:
-        """Keep which samples were evaluated together.
+    def put_slice(self, clean: Cell, samples: SampleNames, threats: Iterable[tuple[str, float | None]]) -> None:
+        """Keep which samples were evaluated together, under which threats, and that `clean` has their clean answers.
 
         Raises:
             OSError: it cannot be written.
         """
-        keep_slice(self.root, fingerprint, dataset, samples)
+        stem = keep_slice(self.root, clean.fingerprint, clean.dataset, samples)
+        keep_run(self.root, stem, clean, threats)
 
     def put_flags(self, fingerprint: str, dataset: str, flags: Iterable[Mapping[str, Any]], run: Run) -> None:
         """Keep the flags that a model raised on a data set in an evaluation, and its notes (`notes.py`).
@@ -247,7 +249,7 @@ class Store:
             self._report(damage)
 
     def flags(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
-        """Return the kept flags, and the notes of checks that were made, by (fingerprint, dataset)."""
+        """Return flags, notes of checks that were made, and which clean answers are missing, by (model, dataset)."""
         found: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for path in sorted((self.root / "flags").glob("*@*.json")):
             try:
@@ -255,6 +257,8 @@ class Store:
                 found.setdefault(model, []).extend(notes)
             except (ValueError, OSError) as error:
                 self._report(f"damaged flags {path.name}: {error}")
+        for model, note in unanswered(self.root, lambda cell: self.columns(cell, _KEY)):
+            found.setdefault(model, []).append(note)
         return found
 
     def _folder(self, cell: Cell) -> Path:

@@ -17,8 +17,8 @@ interval.
 - `timeouts` counts samples that a certifier gave up on and no other proved.
 - an example that somebody handed in (`submission.py`) counts in `worst_case`; such rows exist for successes alone, so
   they make nothing incomplete.
-- `incomplete` counts standing, unproven samples that some attack in the records has not seen: 0 for a finished
-  evaluation.
+- `incomplete` counts standing, unproven samples that some attack in the records has not seen, and those of the slice
+  that have no clean answer (`unanswered.py`; they are not in `n`): 0 for a finished evaluation.
 - `verdict` is "invalid" where the audit found a violation; "reliable" where it did not, every attack has seen what it
   should, the attacks were compared with each other (`evaluation/probe.py`) and no flag was raised; else "doubtful".
 """

@@ -24,15 +24,17 @@ import pyarrow.compute as pc
 from robustbench_lite.evaluation.cells import SampleNames
 from robustbench_lite.evaluation.files import put
 
-__all__ = ["SAMPLE_COLUMNS", "ambiguous", "keep_slice", "newest", "rows_of"]
+__all__ = ["SAMPLE_COLUMNS", "ambiguous", "keep_slice", "newest", "rows_of", "slice_of"]
 
 SAMPLE_COLUMNS = ("dataset", "fingerprint", "index", "sample_hash", "label")
 
 Content = tuple[str, int]
 
 
-def keep_slice(root: Path, fingerprint: str, dataset: str, samples: SampleNames) -> None:
-    """Keep the list of the samples that a model is evaluated on; nothing is written if it is the last one kept.
+def keep_slice(root: Path, fingerprint: str, dataset: str, samples: SampleNames) -> str:
+    """Keep the list of the samples that a model is evaluated on, and return the name of its file, without the end.
+
+    Nothing is written if it is the last one kept.
 
     Raises:
         OSError: it cannot be written.
@@ -40,10 +42,22 @@ def keep_slice(root: Path, fingerprint: str, dataset: str, samples: SampleNames)
     lists = [samples.indices.tolist(), samples.hashes, samples.targets.tolist()]
     rows = sorted(zip(*lists, strict=True))
     content = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
-    path = root / "slices" / f"{_stem(fingerprint, dataset)}{content}.json"
+    stem = f"{_stem(fingerprint, dataset)}{content}"
     kept = _slices(root, fingerprint, dataset)
     if not kept or kept[0][1] != rows:
-        put(path, json.dumps({"written": time.time_ns(), "samples": rows}).encode())
+        data = json.dumps({"written": time.time_ns(), "samples": rows}).encode()
+        put(root / "slices" / f"{stem}.json", data)
+    return stem
+
+
+def slice_of(path: Path) -> tuple[int, list[tuple[int, str, int]]]:
+    """Return when a slice was last evaluated, in nanoseconds, and its samples: index, image hash, label.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: it cannot be read, or is damaged.
+    """
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    return int(kept["written"]), [(int(i), str(h), int(y)) for i, h, y in kept["samples"]]
 
 
 def newest(root: Path, fingerprint: str, dataset: str) -> dict[int, Content]:
@@ -83,11 +97,10 @@ def _slices(root: Path, fingerprint: str, dataset: str) -> list[tuple[int, list[
     found = []
     stem = _stem(fingerprint, dataset)
     for path in sorted((root / "slices").glob("*.json")):
-        if not path.name.startswith(stem) or "-" in path.stem[len(stem) :]:
+        if not path.name.startswith(stem) or {"-", "@"} & set(path.stem[len(stem) :]):
             continue
         try:
-            kept = json.loads(path.read_text())
-            found.append((int(kept["written"]), [(int(i), str(h), int(y)) for i, h, y in kept["samples"]]))
+            found.append(slice_of(path))
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return sorted(found, key=lambda part: part[0], reverse=True)
