@@ -122,8 +122,19 @@ class Line:
 
     @property
     def outcomes(self) -> Outcomes | None:
-        """What became of each sample; None where nothing was attacked."""
-        return Outcomes(self.names, self.standing) if self.of("attack") else None
+        """What became of each sample; None where that is not known."""
+        return Outcomes(self.names, self.standing) if self.judged else None
+
+    @property
+    def proven(self) -> Mask | None:
+        """Bool (n,): a deterministic certificate covers it; None where no certifier gives one."""
+        return _union([seen.sure for seen in self.methods.values()])
+
+    @property
+    def judged(self) -> bool:
+        """Whether it is known who stands: something was attacked, or proofs leave nothing to attack."""
+        proven = self.proven
+        return bool(self.of("attack")) or (proven is not None and not (self.correct & ~proven).any())
 
     @property
     def outsiders(self) -> Mask:
@@ -134,13 +145,13 @@ class Line:
     def figures(self) -> dict[str, Any]:
         """Return the columns that are measured."""
         standing, attacks = self.standing, self.of("attack")
-        sure = _union([seen.sure for seen in self.methods.values()])
+        sure = self.proven
         likely = _union([seen.likely for seen in self.methods.values()])
         out: dict[str, Any] = {"n": self.n, "mode": self._mode()} | self._share("clean", self.correct)
         for name, seen in attacks.items():
             whole = seen.submitted or bool(seen.seen[self.correct].all())
             out |= self._share(name, self.correct & ~seen.won if whole else None)
-        out |= self._share("worst_case", standing if attacks else None)
+        out |= self._share("worst_case", standing if self.judged else None)
         for name, seen in self.of("certifier").items():
             out |= self._share(name, seen.won if seen.seen.all() else None)
         out |= self._share("certified", sure) | self._share("certified_probabilistic", likely)
@@ -191,7 +202,7 @@ class Summary:
 
     Attributes:
         table: one row for each model and threat (`evaluation/summary.py` documents the columns).
-        outcomes: of each row, in the same order; None where nothing was attacked.
+        outcomes: of each row, in the same order; None where who stands is not known.
     """
 
     table: pd.DataFrame

@@ -161,13 +161,15 @@ def test_outcomes_by_brute_force(fill: Callable[[Path], None], tmp_path: Path) -
         mine = records[(records["fingerprint"] == row["fingerprint"]) & (records["seed"] == row["seed"])]
         mine = mine[mine["precision"] == row["precision"]]
         attacks = mine[(mine["threat"] == row["threat"]) & (mine["eps"] == row["eps"]) & (mine["kind"] == "attack")]
-        if len(attacks) == 0:
-            assert outcomes is None
-            continue
-        assert outcomes is not None
         fallen = set(map(tuple, attacks.loc[attacks["success"], SAMPLE].to_numpy()))
         right = mine[(mine["kind"] == "clean") & mine["correct"]]
         standing = set(map(tuple, right[SAMPLE].to_numpy())) - fallen
+        proofs = mine[(mine["certificate"] == "deterministic") & (mine["eps"] == row["eps"])]
+        proven = set(map(tuple, proofs.loc[proofs["certified"], SAMPLE].to_numpy()))
+        if len(attacks) == 0 and (len(proofs) == 0 or standing - proven):
+            assert outcomes is None
+            continue
+        assert outcomes is not None
         names = list(zip(outcomes.names.index, outcomes.names.sample_hash, outcomes.names.label, strict=True))
         assert len(names) == row["n"]
         assert {name for name, stands in zip(names, outcomes.standing, strict=True) if stands} == (

@@ -12,6 +12,7 @@ from evaluation_fakes import Exact, Linear, Shift, two_blocks
 
 from robustbench_lite.core.threats import Lp
 from robustbench_lite.evaluation import Store, clopper_pearson, evaluate, summarize
+from robustbench_lite.evaluation.scan import scan
 
 THREAT = Lp("linf", 0.05)
 
@@ -119,6 +120,35 @@ def test_one_row_for_each_model_and_threat(tmp_path: Path) -> None:
         ("t7.5", 0.02, 20), ("t7.5", 0.05, 20), ("t8.0", 0.01, 30), ("t8.0", 0.02, 20), ("t8.0", 0.05, 20),
     ]  # fmt: skip
     assert len({*table["fingerprint"]}) == 2
+
+
+@pytest.mark.parametrize("attacked", ["in vain", "not at all"])
+def test_what_is_proven_stands_where_nothing_is_left_to_attack(attacked: str, tmp_path: Path) -> None:
+    everything = Lp("linf", 1e-4)  # proven of each sample that is right
+    attacks = [Shift(0.5), Shift()] if attacked == "in vain" else []
+    report = evaluate(Linear(), two_blocks(40), everything, attacks, [Exact()], mode="cascade", audit=0, store=tmp_path)
+    row, right = report.summary().iloc[0], report.records.query("kind == 'clean'")["correct"]
+    assert row["n"] == 40 > right.sum()
+    assert row["worst_case"] == row["clean"] == row["certified"] == right.mean()
+    assert (row["worst_case_low"], row["worst_case_high"]) == clopper_pearson(int(right.sum()), 40)
+    assert row["gap"] == row["incomplete"] == 0
+    assert all(np.isnan(row[name]) for name in ("Shift", "Shift(reach=0.5)") if name in row)
+    (outcomes,) = scan(tmp_path).outcomes
+    assert outcomes is not None
+    assert outcomes.standing.sum() == right.sum()
+    assert scan(tmp_path).table["worst_case"].item() == row["worst_case"]
+
+
+def test_who_stands_is_not_known_where_something_is_left_to_attack() -> None:
+    some = evaluate(Linear(), two_blocks(40), THREAT, certifiers=[Exact(0.5)]).summary().iloc[0]
+    assert some["certified"] < some["clean"]
+    assert np.isnan(some["worst_case"])
+    votes = Exact(
+        kind="probabilistic", alpha=0.01
+    )  # what holds with confidence 1 - alpha does not prove that it stands
+    likely = evaluate(Linear(), two_blocks(40), Lp("linf", 1e-4), certifiers=[votes]).summary().iloc[0]
+    assert likely["certified_probabilistic"] == likely["clean"]
+    assert np.isnan(likely["worst_case"])
 
 
 def test_no_method_at_all() -> None:
