@@ -23,6 +23,7 @@ flight. Any parquet reader can read it: nothing below needs this package.
 | under which threats, and where their clean answers are | `slices/<model>-<data>-<content>@<run>.json` |
 | witnesses of violations | `violations/<model>-<digest>.json` and `.safetensors` |
 | finished jobs, to be served without torch | `receipts/<key>.json` |
+| jobs that a budget, a limit or an error left unfinished: no job is served by them | `receipts/unserved-<digest>.json` |
 | what outsiders handed in, and what became of it | `submissions/<model>-<data>-<cell>.json` |
 | tables of leaderboards and sweeps | `tables/<data>-<threat>-<eps>-<n>.csv`, `.json`, `.md`, `.tex` |
 
@@ -85,9 +86,9 @@ takes nothing on trust but the model and the images, which must have the hashes 
 put to the model again: in the threat, at the distance and with the lead on record, wrong (a randomised model in a share
 of 80 fresh draws that a majority would not fall below once in 700,000 times). Every record must agree with its cell and
 with itself, every example with a record; clean answers are asked again; the audit of attack against proof is repeated;
-every table in `tables/` is made again from the records and compared. What cannot be checked (a model that is not at
-hand) is said, and the exit status is 1. Certificates are held against all examples, but not computed again; that an
-attack has failed is not proven by attacking again.
+every table in `tables/` is made again from the records and compared, that of a sweep that was cut off too. What cannot
+be checked (a model that is not at hand) is said, and the exit status is 1. Certificates are held against all examples,
+but not computed again; that an attack has failed is not proven by attacking again.
 """
 
 

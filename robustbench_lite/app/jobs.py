@@ -37,7 +37,7 @@ _SETTINGS = (
 )  # fmt: skip
 _PRECISIONS = ("auto", "float32", "float64")
 _IGNORED = ("attack", "attacks", "certifier", "certifiers")  # at the top level nobody would read them
-_NOT_KEYED = (  # no answer depends on them; what a limit or a budget leaves unfinished has no receipt
+_NOT_KEYED = (  # no answer depends on them; what a limit or a budget leaves unfinished is not served
     "store", "device", "batch_size", "usual_eps", "experiment", "shards", "shard", "time_limit", "budget", "forecast",
     "objective",
 )  # fmt: skip
@@ -290,11 +290,11 @@ def _compute(plain: dict[str, Any], store: Path | None) -> Done:
     report, problem = _evaluate(plain)
     receipt = None if store is None or report.unsaved else receipts.receipt_of(report, plain, store)
     note = ""
-    if store and receipt and not report.unfinished:
-        try:  # one for rbl verify alone, without a key
-            receipts.keep(store, key or f"unserved-{digest(plain)}", receipt)
+    if store and receipt:
+        try:
+            receipts.keep(store, key, receipt)
         except OSError as error:
             note = unkept("the receipt", error)
             if not is_read_only(error):
-                problem, note = note, ""
+                problem, note = "; ".join(part for part in (problem, note) if part), ""
     return Done(report, False, receipt, problem, note)

@@ -3,14 +3,18 @@
 `STORE/receipts/<key>.json` names the files and rows of one evaluation. The key covers all that the answer depends on:
 the resolved configuration, this package's own sources, the weights, the data files, the versions of the libraries, and
 the code of a net, attack or certifier from outside. A receipt is believed only if every row it names is still there.
+
+What a job left unfinished has a receipt too, so that the tables it stands in can be derived again; it is kept under a
+name that no job asks for, as is that of a job without a key.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +40,7 @@ _MODEL = ["dataset", "fingerprint", "seed", "precision"]
 
 @dataclass(frozen=True)
 class Receipt:
-    """The rows of one finished evaluation, and what no row shows.
+    """The rows of one evaluation, and what no row shows.
 
     Attributes:
         config: of the job, resolved.
@@ -48,7 +52,7 @@ class Receipt:
         threats: name and eps of each threat.
         notes: the report's.
         not_applicable: the report's.
-        unfinished: the report's. Such a receipt travels with the outcome of a job, and is never kept: the job runs on.
+        unfinished: the report's, without tracebacks. A receipt with any serves no job: the next run goes on.
     """
 
     config: dict[str, Any]
@@ -85,7 +89,7 @@ def receipt_of(report: Report, config: Mapping[str, Any], store: Path) -> Receip
         [[name, eps] for name, eps in report.threats],
         [asdict(note) for note in report.notes if note.id != submitted_beats_attacks.__name__],
         [asdict(part) for part in report.not_applicable],
-        [asdict(part) for part in report.unfinished],
+        [asdict(replace(part, traceback="")) for part in report.unfinished],
     )
     served = report_of(receipt, store)
     same = served is not None and served.summary().to_csv() == report.summary().to_csv()
@@ -135,13 +139,21 @@ def all_of(store: Path) -> list[Receipt]:
     return [receipt for receipt in found if receipt is not None]
 
 
-def keep(store: Path, key: str, receipt: Receipt) -> None:
+def keep(store: Path, key: str | None, receipt: Receipt) -> None:
     """Write a receipt, whole or not at all.
+
+    Args:
+        store: its folder.
+        key: of the job; None where there is none.
+        receipt: of a finished job, which is served by it, or of an unfinished one.
 
     Raises:
         OSError: it cannot be written.
     """
-    put(_path(store, key), json.dumps(asdict(receipt), separators=(",", ":")).encode())
+    data = json.dumps(asdict(receipt), separators=(",", ":")).encode()
+    if key is None or receipt.unfinished:
+        key = f"unserved-{hashlib.sha256(data).hexdigest()[:24]}"
+    put(_path(store, key), data)
 
 
 def _path(store: Path, key: str) -> Path:

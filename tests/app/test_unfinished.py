@@ -68,6 +68,45 @@ def test_a_failing_attack_leaves_the_others_and_shows_its_traceback(rbl, folder:
     assert len(Store(folder / "results").records()) == 80
 
 
+@pytest.mark.parametrize("fault", ["budget", "failing method"])
+def test_the_table_of_a_sweep_that_was_cut_off_follows_from_the_records(rbl, folder: Path, fault: str) -> None:
+    (folder / "users_failing.py").write_text(FAILING)
+    cut = {"budget": "budget.queries=40", "failing method": "+suite.attacks.failing._target_=users_failing.Failing"}
+    command = ("evaluate", "--multirun", *NET, *SMALL, cut[fault], "seed=0")
+    assert rbl(*command)[0] == 1
+    (path,) = (folder / "results" / "tables").glob("*.csv")
+    status, out, _ = rbl("verify")
+    assert (status, "all of it holds" in out) == (0, True), out
+    for changed in (path, path.with_suffix(".md")):
+        honest = changed.read_text()
+        clean = row(folder)["clean"]
+        figure = f"{clean}" if changed == path else f"{100 * clean:.1f}"
+        assert figure in honest
+        changed.write_text(honest.replace(figure, "0.99", 1))
+        status, out, _ = rbl("verify")
+        assert status == 1
+        assert f"does not hold: tables/{changed.name}" in out
+        changed.write_text(honest)
+    assert rbl("evaluate", *NET, *SMALL, cut[fault], "seed=1")[0] == 1  # no table is made of it
+    assert rbl("verify")[0] == 0
+    again = rbl(*command)  # what is unfinished is never served
+    assert again[0] == 1
+    assert "Net: from the store" not in again[2]
+    assert rbl("verify")[0] == 0
+
+
+def test_a_table_of_a_part_still_follows_when_the_whole_is_there(rbl, folder: Path) -> None:
+    command = ("evaluate", "--multirun", *NET, *SMALL, "seed=0")
+    rbl(*command, "budget.queries=40")
+    part = {path: path.read_text() for path in (folder / "results" / "tables").iterdir()}
+    assert rbl(*command)[0] == 0
+    assert rbl("verify")[0] == 0
+    assert all(path.read_text() != text for path, text in part.items())
+    for path, text in part.items():
+        path.write_text(text)
+    assert rbl("verify")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
