@@ -23,7 +23,7 @@ flight. Any parquet reader can read it: nothing below needs this package.
 | under which threats, and where their clean answers are | `slices/<model>-<data>-<content>@<run>.json` |
 | witnesses of violations | `violations/<model>-<digest>.json` and `.safetensors` |
 | finished jobs, to be served without torch | `receipts/<key>.json` |
-| jobs that a budget, a limit or an error left unfinished: no job is served by them | `receipts/unserved-<digest>.json` |
+| jobs that were left unfinished, and serve none | `receipts/unserved-<digest>.json` |
 | what outsiders handed in, and what became of it | `submissions/<model>-<data>-<cell>.json` |
 | tables of leaderboards and sweeps | `tables/<data>-<threat>-<eps>-<n>.csv`, `.json`, `.md`, `.tex` |
 

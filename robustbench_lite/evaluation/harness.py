@@ -103,9 +103,10 @@ def evaluate(
             memory is halved.
         device: "auto": where the model is, or a GPU if there is one (the model is copied, not moved).
         max_queries: forward passes that an attack may spend on each sample; None for no limit.
-        time_limit: seconds that one method may take for one block of 500 samples. It then runs in a worker process and
-            is killed, whatever it does; finished batches are kept, the other samples of the block have no rows of it.
-            None: no limit, and no worker.
+        time_limit: seconds that one method may take at a time, which is for what is missing of a block of 500 samples
+            (under a budget: first for 16 of them, then for the others). It runs in a worker process and is killed,
+            whatever it does; finished batches are kept, the other samples have no rows of it. None: no limit, and no
+            worker.
         budget: forward passes or minutes that this run may take; it goes to what pays, the rest is not run.
         precision: "auto": the model's; "float32" or "float64" convert a copy of the model.
         shard: (number, of how many): compute only the rows of this share of the samples (evaluation/shards.py), perhaps

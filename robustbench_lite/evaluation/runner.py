@@ -31,7 +31,7 @@ class Runner(Protocol):
     """
 
     def begin(self) -> None:
-        """Say that a cell begins, and with it its time."""
+        """Say that work on a cell begins, or goes on after something else, and with it its time."""
 
     def rows(self, task: Task, batch: Samples, clean: pa.Table | None) -> Outcome:
         """Run a method on a batch; `clean`: rows by which an attack spares itself what is wrong from the start."""

@@ -1,9 +1,10 @@
 """A time limit that holds whatever a method does: methods run in a worker process, and a watchdog kills it.
 
 Nothing inside a process ends a kernel that ignores exceptions and signals, or keeps Python's lock; SIGKILL from outside
-does. The worker gets model and plan once, and a batch at a time; it answers with rows. A cell (one method on one block)
-that reaches its limit is cut off, the worker is killed, and the next cell has a new one. Starting one (seconds) is not
-on anybody's time.
+does. The worker gets model and plan once, and a batch at a time; it answers with rows. The limit is on all batches of
+what the ledger computes in one go: the missing samples of a cell (one method on one block), or under a budget a slice
+of them, then the others. What reaches it is cut off, the worker is killed, and the next cell has a new one. Starting
+one (seconds) is not on anybody's time.
 
 The worker computes with the threads and settings of this process, so that its rows are the same ones.
 """
@@ -75,7 +76,7 @@ class Watchdog:
         plan: the methods.
         dataset: what records call the data.
         seed: of the evaluation.
-        limit: seconds that one method may take for one block of samples.
+        limit: seconds from one `begin` to the next.
 
     Raises:
         ValueError: the model or a method cannot be sent to another process.
@@ -96,7 +97,7 @@ class Watchdog:
         self._line: Connection | None = None
 
     def begin(self) -> None:
-        """Say that a cell begins, and with it its time."""
+        """Say that work on a cell begins, or goes on after something else, and with it its time."""
         self._left = self.limit
 
     def rows(self, task: Task, batch: Samples, clean: pa.Table | None) -> Outcome:
