@@ -25,7 +25,8 @@ def show_sheet(sheet: Sheet) -> None:
 def show_not_applicable(report: Report, defense: str = "") -> None:
     """Print why methods are n/a, where they gave a reason; one that another threat is meant for needs none."""
     of, ran = f" for {defense}" if defense else "", set(report.records["method"])
-    missing = [part for part in report.not_applicable if part.reason and part.method not in ran]
+    meant, told = report.elsewhere, [part for part in report.not_applicable if part.reason]
+    missing = [part for part in told if part.method not in ran | meant.get((part.threat, part.eps), set())]
     for method, reason in dict.fromkeys((part.method, part.reason) for part in missing):
         console().print(Text(f"{method}: n/a{of}: {reason}"), highlight=False)
 

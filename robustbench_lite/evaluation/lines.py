@@ -203,10 +203,12 @@ class Summary:
     Attributes:
         table: one row for each model and threat (`evaluation/summary.py` documents the columns).
         outcomes: of each row, in the same order; None where who stands is not known.
+        elsewhere: by name and budget of a threat, the columns of methods that are meant for other threats alone.
     """
 
     table: pd.DataFrame
     outcomes: list[Outcomes | None]
+    elsewhere: Mapping[tuple[str, float | None], set[str]] = field(default_factory=dict, kw_only=True)
 
 
 def titled(methods: Iterable[tuple[str, int]]) -> dict[tuple[str, int], str]:

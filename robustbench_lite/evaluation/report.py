@@ -74,6 +74,16 @@ class Report:
         found = set(self.summary()["verdict"])
         return next(verdict for verdict in VERDICTS if verdict in found)
 
+    @property
+    def elsewhere(self) -> dict[tuple[str, float | None], set[str]]:
+        """By threat, the methods that do not apply under it, but do under another one of this evaluation."""
+        names = dict.fromkeys(self.threats)
+        silent = {
+            name: {part.method for part in self.not_applicable if (part.threat, part.eps) == name} for name in names
+        }
+        nowhere = set.intersection(*silent.values()) if silent else set()
+        return {name: methods - nowhere for name, methods in silent.items()}
+
     def summary(self) -> pd.DataFrame:
         """Return the table: one row for each threat.
 

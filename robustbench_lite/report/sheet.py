@@ -67,7 +67,7 @@ def table_of(report: Report) -> Summary:
         names = [name for name in names if name not in columns]
         place = names.index("worst_case" if kind == "attack" else "certified")
         names[place:place] = columns
-    return Summary(table[names], outcomes_of(report.records, report.threats))
+    return Summary(table[names], outcomes_of(report.records, report.threats), elsewhere=report.elsewhere)
 
 
 def rank(summary: Summary) -> pd.DataFrame:
@@ -101,21 +101,25 @@ def sheets(summaries: Iterable[Summary], published: pd.DataFrame | None = None) 
 
     Args:
         summaries: results of `table_of` or `scan`. A method that one of them names stays in the sheets of its rows,
-            even where it has no figure: n/a. One that is meant for another threat is left out.
+            even where it has no figure: n/a. One that is meant for other threats is left out.
         published: rows of others (`published.py`); they stand below ours of the same data set, threat and eps, marked
             as published, with their source and without a rank.
     """
     groups: dict[tuple[Any, ...], list[tuple[pd.DataFrame, list[Outcomes | None]]]] = {}
+    meant: dict[tuple[Any, ...], set[str]] = {}  # for other threats
     for summary in summaries:
         places = summary.table.reset_index(drop=True).groupby(_GROUP, sort=False, dropna=False).indices
         for key, rows in places.items():
             names = tuple(None if pd.isna(part) else part for part in cast(tuple[Any, ...], key))
             part = (summary.table.iloc[rows], [summary.outcomes[row] for row in rows])
             groups.setdefault(names, []).append(part)
+            others = summary.elsewhere.get((str(names[1]), names[2]), set())
+            meant.setdefault(names, set()).update(name + end for name in others for end in ("", "_low", "_high"))
     frames = {key: _stacked([table for table, _ in parts]) for key, parts in groups.items()}
     told = {name for frame in frames.values() for name in frame.columns if frame[name].notna().any()}
     for (dataset, threat, eps, n), found in frames.items():
-        empty = [name for name in told & set(_methods(found)) if found[name].isna().all()]
+        gone = told | meant[dataset, threat, eps, n]
+        empty = [name for name in gone & set(_methods(found)) if found[name].isna().all()]
         outcomes = [own for _, few in groups[dataset, threat, eps, n] for own in few]
         own = rank(Summary(found.drop(columns=empty), outcomes))
         title, slug = _names(str(dataset), threat, eps, n)

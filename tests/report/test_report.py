@@ -128,6 +128,18 @@ def test_a_method_for_another_threat_has_no_column() -> None:
     assert "FGSM" in nowhere.headers
 
 
+def test_nor_has_one_without_any_figure_that_is_known_to_be_meant_for_another() -> None:
+    nothing = {name + end: NAN for name in ("FGSM", "PGD(steps=40, loss=margin)") for end in ("", "_low", "_high")}
+    both = together(summary("a", 0.5, **nothing), summary("a", 0.3, threat="rotation", **nothing))
+    linf, rotation = sheets([Summary(both.table, both.outcomes, elsewhere={("rotation", 0.1): {"FGSM"}})])
+    assert "FGSM" in linf.headers  # proofs left it nothing there
+    assert "FGSM" not in rotation.headers
+    assert "PGD(steps=40, loss=margin)" in rotation.headers
+    for text in (to_csv, to_markdown, to_latex, lines):
+        assert "FGSM" in text(linf)
+        assert "FGSM" not in text(rotation)
+
+
 def test_methods_of_some_rows_stand_among_their_kind() -> None:
     own = summary("b", 0.3)
     other = Summary(own.table.rename(columns=lambda name: name.replace("FGSM", "BIM")), own.outcomes)
