@@ -187,7 +187,8 @@ class Line:
         return int(late.sum())
 
     def _mode(self) -> str:
-        return "full" if all(seen.seen.all() for seen in self.attacks.values()) else "cascade"
+        spared = self.judged and not self.of("attack")  # proofs left nothing to attack
+        return "full" if not spared and all(seen.seen.all() for seen in self.attacks.values()) else "cascade"
 
     def _share(self, name: str, mask: Mask | None) -> dict[str, float]:
         if mask is None:

@@ -132,6 +132,7 @@ def test_what_is_proven_stands_where_nothing_is_left_to_attack(attacked: str, tm
     assert row["worst_case"] == row["clean"] == row["certified"] == right.mean()
     assert (row["worst_case_low"], row["worst_case_high"]) == clopper_pearson(int(right.sum()), 40)
     assert row["gap"] == row["incomplete"] == 0
+    assert row["mode"] == "cascade"
     assert all(np.isnan(row[name]) for name in ("Shift", "Shift(reach=0.5)") if name in row)
     (outcomes,) = scan(tmp_path).outcomes
     assert outcomes is not None
