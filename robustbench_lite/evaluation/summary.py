@@ -4,10 +4,10 @@ Robust accuracy is the mean over samples of the minimum over attacks, never the 
 image is broken. Accuracies are shares in [0, 1]; `<name>_low` and `<name>_high` are the ends of the exact 95 %
 interval.
 
-- `mode` is "full" where every attack has seen every sample, and "cascade" where proofs left nothing to attack. In one
-  an attack sees only what stands: its own column is then n/a (NaN), unless all it has not seen was misclassified from
-  the start, and `worst_case` is the cumulative figure: what is proven stands, also where proofs left nothing to attack.
-  It is n/a where neither attacks nor proofs say who stands.
+- `mode` is "full" where every attack has seen every sample, and "cascade" where proofs left nothing to attack. In a
+  cascade an attack sees only what stands: its own column is then n/a (NaN), unless all it has not seen was
+  misclassified from the start, and `worst_case` is the cumulative figure: what is proven stands, also where proofs left
+  nothing to attack. It is n/a where neither attacks nor proofs say who stands.
 - `certified` is the union of the deterministic certifiers, `certified_probabilistic` that of the probabilistic ones.
 - `gap` is `worst_case - certified`: what neither attack nor proof has decided.
 - `spared` is the share of the attacks' work that proofs made needless: of the samples that an attack was to meet
