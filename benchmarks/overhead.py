@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from nets import DATA
 from torch import nn
@@ -32,8 +31,8 @@ from robustbench_lite.core.threats import Lp
 from robustbench_lite.data import load_data
 from robustbench_lite.data.base import Dataset
 from robustbench_lite.evaluation import evaluate
-from robustbench_lite.evaluation.blocks import cut
 from robustbench_lite.evaluation.samples import Samples, as_samples
+from robustbench_lite.evaluation.units import cut
 from robustbench_lite.zoo import load_defense
 
 SUITES: dict[str, tuple[list[Attack], list[Certifier]]] = {
@@ -113,9 +112,7 @@ def _by_hand(
 
 def _batches(data: Dataset, threat: Lp, batch: int) -> Iterator[Samples]:
     """Yield the batches that an evaluation cuts."""
-    for block in cut(as_samples(data, threat.bounds).in_batches(batch)):
-        for number in np.unique(block.batch):
-            yield block.take(block.batch == number)
+    yield from cut(as_samples(data, threat.bounds).in_batches(batch))
 
 
 def _seeded() -> torch.Generator:

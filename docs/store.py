@@ -10,7 +10,7 @@ HEAD = f"""# The store
 
 Made by `python docs/store.py > docs/store.md`; the columns from `robustbench_lite/evaluation/records.py`.
 
-A store is a folder. Several processes, on several machines, may write to one; a killed one loses at most the block in
+A store is a folder. Several processes, on several machines, may write to one; a killed one loses at most the unit in
 flight. Any parquet reader can read it: nothing below needs this package.
 
 | what | where |

@@ -1,7 +1,7 @@
 """A budget for a whole run: what may be spent, what was, and in what order it is spent where it pays.
 
 Clean answers are always given. Then come the cheap proofs, the attacks, the dear proofs. Each attack first meets a
-small slice of the first block; from then on those go first that broke most per second there (per forward pass where
+small slice of the first unit; from then on those go first that broke most per second there (per forward pass where
 only queries are limited). A batch begins only if it fits, by what the method has cost so far, so that a run ends about
 where its budget does: over it by what a first sample, or a misjudged batch, costs. Rows from the store cost nothing,
 and tell what the method costs: a run with more budget takes the same order, and goes on where the last one ended.

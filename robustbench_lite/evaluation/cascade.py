@@ -1,4 +1,4 @@
-"""One block in cascade mode: what is proven is spared the attacks, what has fallen is spared all that come after.
+"""One unit in cascade mode: what is proven is spared the attacks, what has fallen is spared all that come after.
 
 First come the certifiers that cost less than a thorough attack (`Certifier.cheap`), each on what none before it has
 proven; then the attacks, each on what still stands; then the other certifiers, on what stands and is not proven. All
@@ -26,10 +26,10 @@ _Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 class Cascade:
-    """What is known of a block's samples under one threat, and so which of them the next method sees.
+    """What is known of a unit's samples under one threat, and so which of them the next method sees.
 
     Args:
-        part: the samples of the block, in the order of their indices.
+        part: the samples of the unit, in the order of their indices.
         clean: their clean rows.
         ledger: fetches or computes rows.
         audit: share of the samples that are attacked although they are proven.
@@ -48,7 +48,9 @@ class Cascade:
         open_ = ~self._fallen & (self._drawn | ~self._proven)
         if not attack:
             open_ = ~self._proven & (~self._fallen | (task.stage == 0))
-        given = self._part.take(self._correct & open_ if self._judged else np.ones_like(self._correct))
+        given = self._part
+        if self._judged:
+            given = given.take(self._correct & open_).rebatched(self._ledger.batch_size)
         rows = self._ledger.fetch(task, given, self._clean if attack and not self._judged else None)
         if task.cell.key in self._ledger.refused:
             return rows

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import pyarrow as pa
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-__all__ = ["Examples", "read_examples", "write_examples"]
+from robustbench_lite.evaluation.cells import block_of
+
+__all__ = ["Examples", "by_block", "read_examples", "write_examples"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,14 @@ class Examples:
         arrays = {"index": self.index, "x_adv": self.x_adv}
         arrays |= {} if self.parameters is None else {"parameters": self.parameters}
         return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+
+
+def by_block(rows: pa.Table, examples: Examples | None) -> Iterator[tuple[int, pa.Table, Examples | None]]:
+    """Yield the number of each block that these rows are of, with its rows, and the examples of its samples."""
+    blocks = block_of(rows.column("index").to_numpy())
+    for block in np.unique(blocks).tolist():
+        own = None if examples is None else examples.take(np.flatnonzero(block_of(examples.index) == block))
+        yield block, rows.filter(pa.array(blocks == block)), own
 
 
 def read_examples(path: Path) -> Examples:

@@ -23,12 +23,12 @@ import pyarrow.compute as pc
 
 from robustbench_lite.core.errors import NotApplicableError
 from robustbench_lite.core.threats import Threat
-from robustbench_lite.evaluation.cells import block_of
 from robustbench_lite.evaluation.meter import Line, Taken, measured
 from robustbench_lite.evaluation.plan import Plan, Task, with_own
 from robustbench_lite.evaluation.samples import Samples, as_samples
 from robustbench_lite.evaluation.store import Store
 from robustbench_lite.evaluation.subject import Subject
+from robustbench_lite.evaluation.units import batches_together
 
 if TYPE_CHECKING:
     from robustbench_lite.attacks.base import Attack
@@ -127,7 +127,7 @@ def forecast(
     given = list(attacks), list(certifiers)
     methods = with_own(model, threats, *given) if adaptive else given
     plan = Plan.of(threats, *methods, max_queries)
-    samples = as_samples(data, plan.bounds).in_batches(batch_size)
+    samples = as_samples(data, plan.bounds).in_batches(batch_size, batches_together(batch_size, mode == "cascade"))
     subject = Subject.of(model, name, device, precision)
     there = Store(store) if store is not None and Path(store).is_dir() else None
     drawn = np.argsort(samples.lots("forecast", seed))[: SIZES[-1]]
@@ -136,7 +136,7 @@ def forecast(
     tasks = plan.tasks(subject, samples.name, seed)
     if mode == "cascade":
         tasks = [tasks[0], *sorted(tasks[1:], key=lambda task: (task.threat, task.stage))]
-    cells = [_expected(task, samples, there, course, subject) for task in tasks]
+    cells = [_expected(task, samples, there, course, subject, batch_size) for task in tasks]
     return Forecast(cells, str(subject.device), len(samples), time.perf_counter() - start)
 
 
@@ -175,7 +175,9 @@ class _Course:
         return self._settled.setdefault(task.threat, (nobody, nobody.copy()))
 
 
-def _expected(task: Task, samples: Samples, store: Store | None, course: _Course, subject: Subject) -> Expected:
+def _expected(
+    task: Task, samples: Samples, store: Store | None, course: _Course, subject: Subject, batch_size: int
+) -> Expected:
     """Run a cell on the few samples that it meets, and return what its missing rows will take."""
     cell, known = task.cell, _known(task, samples, store)
     met = course.meets(task)
@@ -186,8 +188,7 @@ def _expected(task: Task, samples: Samples, store: Store | None, course: _Course
     except NotApplicableError:
         return Expected(cell.threat, cell.eps, cell.method, 0, 0, applies=False)
     course.learn(task, rows)
-    share = float(met.mean())
-    sizes = [size * share for size in _batches(samples.take(~known))]
+    sizes = _batches(samples.take(~known), float(met.mean()), batch_size)
     time_of = Line.through([(run.count, run.seconds) for run in taken])
     peaks = [(run.count, float(run.peak)) for run in taken if run.peak is not None]
     return Expected(
@@ -234,10 +235,11 @@ def _known(task: Task, samples: Samples, store: Store | None) -> _Mask:
     return np.array([name in stored for name in names], dtype=bool)
 
 
-def _batches(samples: Samples) -> list[int]:
-    """Return the sizes of the batches that these samples are cut into."""
-    places = np.stack([block_of(samples.indices), samples.batch], axis=1)
-    return [int(count) for count in np.unique(places, axis=0, return_counts=True)[1]]
+def _batches(samples: Samples, share: float, batch_size: int) -> list[float]:
+    """Return the expected sizes of the batches that this share of the samples is cut into, unit by unit."""
+    met = [share * int(count) for count in np.unique(samples.unit, return_counts=True)[1]]
+    sizes = [[float(batch_size)] * int(count // batch_size) + [count % batch_size] for count in met]
+    return [size for unit in sizes for size in unit if size > 0]
 
 
 def _mean(rows: pa.Table, column: str) -> float:

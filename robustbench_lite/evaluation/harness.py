@@ -1,6 +1,6 @@
 """The harness: one model, some samples, some threats, some methods; one honest row a threat.
 
-Work goes block by block (500 dataset indices), in each block method by method: clean answers, attacks in the order
+Work goes unit by unit (`units.py`; some 500 samples), on each method by method: clean answers, attacks in the order
 given, certifiers, audit; in a cascade cheap proofs come first; under a budget, what pays (`budget.py`). What the store
 holds is taken from it row by row, the rest is computed and added. What fails or is cut off is left open and named.
 """
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from robustbench_lite.core.threats import Threat
 from robustbench_lite.evaluation import audit as audits
-from robustbench_lite.evaluation.blocks import Block, block_after_block, cut, what_pays_first
 from robustbench_lite.evaluation.budget import Budget, Purse
 from robustbench_lite.evaluation.cells import Cell
 from robustbench_lite.evaluation.flags import Flag, non_finite, unfinished
@@ -35,6 +34,7 @@ from robustbench_lite.evaluation.shards import check_shard, check_shards, share
 from robustbench_lite.evaluation.store import Store
 from robustbench_lite.evaluation.subject import Subject
 from robustbench_lite.evaluation.unfinished import ERROR, TIME_LIMIT, EvaluationError, Unfinished
+from robustbench_lite.evaluation.units import Unit, batches_together, cut, unit_after_unit, what_pays_first
 from robustbench_lite.evaluation.witnesses import Witnesses
 
 if TYPE_CHECKING:
@@ -103,10 +103,10 @@ def evaluate(
             memory is halved.
         device: "auto": where the model is, or a GPU if there is one (the model is copied, not moved).
         max_queries: forward passes that an attack may spend on each sample; None for no limit.
-        time_limit: seconds that one method may take at a time, which is for what is missing of a block of 500 samples
-            (under a budget: first for 16 of them, then for the others). It runs in a worker process and is killed,
-            whatever it does; finished batches are kept, the other samples have no rows of it. None: no limit, and no
-            worker.
+        time_limit: seconds that one method may take at a time, which is for what is missing of a unit: 500 samples, in
+            a cascade four batches (under a budget: first for 16 of them, then for the others). It runs in a worker
+            process and is killed, whatever it does; finished batches are kept, the other samples have no rows of it.
+            None: no limit, and no worker.
         budget: forward passes or minutes that this run may take; it goes to what pays, the rest is not run.
         precision: "auto": the model's; "float32" or "float64" convert a copy of the model.
         shard: (number, of how many): compute only the rows of this share of the samples (evaluation/shards.py), perhaps
@@ -119,7 +119,7 @@ def evaluate(
         ValueError: a model in train mode, images out of bounds, labels without a logit, a threat without a budget,
         the same method twice ...; the message says what to do. StoreError: the store cannot be written, or a newer
         version of this package has written it. EvaluationError: a method failed on some batch; the message names
-        defense, method and block. All else was evaluated and kept, and is in the error's `report`. UnsavedError: the
+        defense, method and samples. All else was evaluated and kept, and is in the error's `report`. UnsavedError: the
         disk was full; what could not be written is in the error's `report` alone. What a time limit or a budget left
         open is no error: `report.unfinished` names it, and the rows of the table are flagged.
     """
@@ -134,25 +134,25 @@ def evaluate(
     if adaptive:
         attacks, certifiers = with_own(model, threats, attacks, certifiers)
     plan = Plan.of(threats, attacks, certifiers, max_queries)
-    samples = as_samples(data, plan.bounds).in_batches(batch_size)
+    samples = as_samples(data, plan.bounds).in_batches(batch_size, batches_together(batch_size, mode == "cascade"))
     subject = Subject.of(model, name, device, precision)
     if shard is not None:
         check_shards(shard[1])
         check_shard(*shard)
-        samples = samples.take(share(samples, *shard))
+        samples = samples.take(share(samples.unit if mode == "cascade" else samples.batch, *shard))
     opened = store if isinstance(store, Store) or store is None else Store(store)
     with closing(_runner(subject, plan, samples.name, seed, time_limit)) as runner:
         notes = [] if shard else _looked(runner, samples, seed, subject.name)
         ledger = Ledger(opened, str(subject.device), batch_size, runner, Purse(budget or Budget()))
         tasks, witnesses = plan.tasks(subject, samples.name, seed), Witnesses(ledger)
 
-        def done(block: Block) -> None:
+        def done(unit: Unit) -> None:
             if shard:
-                ledger.forget(block.number)
+                ledger.forget(unit.number)
             else:
-                witnesses.collect(block.part, _joined([block.tables], tasks, ledger), [task.cell for task in tasks])
+                witnesses.collect(unit.part, _joined([unit.tables], tasks, ledger), [task.cell for task in tasks])
 
-        turns = what_pays_first if budget is not None and budget.limited else block_after_block
+        turns = what_pays_first if budget is not None and budget.limited else unit_after_unit
         tables = turns(cut(samples, progress), tasks, ledger, audit if mode == "cascade" else None, done)
         records = to_frame(_joined(tables, tasks, ledger))
         refused = [_refused(task.cell, ledger) for task in tasks if task.cell.key in ledger.refused]
@@ -209,9 +209,9 @@ def _looked(runner: Runner, samples: Samples, seed: int, name: str) -> list[Flag
 
 
 def _joined(tables: list[dict[str, pa.Table]], tasks: list[Task], ledger: Ledger) -> pa.Table:
-    """Return the records of blocks, cell by cell, without those of methods that turned out not to apply."""
+    """Return the records of units, cell by cell, without those of methods that turned out not to apply."""
     keys = [task.cell.key for task in tasks if task.cell.key not in ledger.refused]
-    return pa.concat_tables([empty_records(), *(block[key] for key in keys for block in tables)])
+    return pa.concat_tables([empty_records(), *(unit[key] for key in keys for unit in tables)])
 
 
 def _check_answered(records: pd.DataFrame, ledger: Ledger) -> None:

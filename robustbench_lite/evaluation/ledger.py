@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import traceback
 
+import numpy as np
 import pyarrow as pa
-from numpy import append, arange, array, diff, flatnonzero, int64, searchsorted
 
 from robustbench_lite.core.errors import NotApplicableError
 from robustbench_lite.evaluation.budget import Budget, Purse
 from robustbench_lite.evaluation.cells import Cell, block_of, sample_keys
-from robustbench_lite.evaluation.examples import Examples
+from robustbench_lite.evaluation.examples import Examples, by_block
 from robustbench_lite.evaluation.methods import Outcome
 from robustbench_lite.evaluation.plan import Task
 from robustbench_lite.evaluation.records import empty_records
@@ -57,9 +57,9 @@ class Ledger:
         self.remarks: dict[str, str] = {}
         self.wrote = False
         self._fits: dict[str, int] = {}  # samples that fit in memory, by cell, once they did not
-        self._open: dict[tuple[str, int], list[Unfinished]] = {}
-        self._fresh: dict[tuple[str, int], list[Examples]] = {}  # examples computed for the blocks at hand
-        self._held: dict[tuple[str, int], list[pa.Table]] = {}  # rows of the blocks at hand that no file holds
+        self._open: dict[tuple[str, int], list[Unfinished]] = {}  # by cell and unit, as all below
+        self._fresh: dict[tuple[str, int], list[Examples]] = {}  # examples computed for the units at hand
+        self._held: dict[tuple[str, int], list[pa.Table]] = {}  # rows of the units at hand that no file holds
 
     @property
     def unfinished(self) -> list[Unfinished]:
@@ -71,13 +71,13 @@ class Ledger:
         return list(found.values())
 
     def fetch(self, task: Task, part: Samples, clean: pa.Table | None = None) -> pa.Table:
-        """Return one row for each sample of a part of one block, in its order, but for those that are left open.
+        """Return one row for each sample of a part of one unit, in its order, but for those that are left open.
 
         There is none of a method that does not apply to the model.
 
         Args:
             task: the cell, and how to compute its rows.
-            part: samples whose indices lie in one block.
+            part: samples of one unit.
             clean: clean rows, by which an attack spares itself samples that are wrong from the start.
 
         Raises:
@@ -85,16 +85,17 @@ class Ledger:
         """
         if len(part) == 0 or task.cell.key in self.refused:
             return empty_records()
-        key, block = task.cell.key, int(block_of(part.indices)[0])
-        self._open.pop((key, block), None)
-        stored = empty_records() if self.store is None else self.store.rows(task.cell, block)
-        stored = pa.concat_tables([stored, *self._held.get((key, block), [])])
+        key, unit = task.cell.key, int(part.unit[0])
+        self._open.pop((key, unit), None)
+        blocks = np.unique(block_of(part.indices)).tolist()
+        kept = [] if self.store is None else [self.store.rows(task.cell, block) for block in blocks]
+        stored = pa.concat_tables([empty_records(), *kept, *self._held.get((key, unit), [])])
         known = set(sample_keys(stored))
-        missing = array([place for place, name in enumerate(_keys(part)) if name not in known], dtype=int64)
+        missing = np.array([place for place, name in enumerate(_keys(part)) if name not in known], dtype=np.int64)
         if len(missing):
             self.purse.learn(key, stored)
             try:
-                stored = pa.concat_tables([stored, *self._compute(task, part.take(missing), block, clean)])
+                stored = pa.concat_tables([stored, *self._compute(task, part.take(missing), clean)])
             except NotApplicableError as error:
                 self.refused[key] = str(error)
                 return empty_records()
@@ -102,41 +103,42 @@ class Ledger:
         return stored.take(pa.array([places[name] for name in _keys(part) if name in places], type=pa.int64()))
 
     def example(self, cell: Cell, sample: tuple[int, str, int]) -> Examples | None:
-        """Return the adversarial example of one (index, hash, label) of a block at hand; None where there is none."""
+        """Return the adversarial example of one (index, hash, label) of a unit at hand; None where there is none."""
         index = sample[0]
-        block = int(block_of(array([index]))[0])
-        stored = [] if self.store is None else self.store.examples(cell, block, sample)
-        for examples in [*self._fresh.get((cell.key, block), []), *stored]:
+        fresh = [examples for (key, _), held in self._fresh.items() if key == cell.key for examples in held]
+        stored = [] if self.store is None else self.store.examples(cell, int(block_of(np.array([index]))[0]), sample)
+        for examples in [*fresh, *stored]:
             found = (examples.index == index).nonzero()[0]
             if len(found):
                 return examples.take(found[:1])
         return None
 
-    def forget(self, block: int) -> None:
-        """Drop what is held of a block that is finished."""
-        self._fresh = {place: held for place, held in self._fresh.items() if place[1] != block}
-        self._held = {place: held for place, held in self._held.items() if place[1] != block}
+    def forget(self, unit: int) -> None:
+        """Drop what is held of a unit that is finished."""
+        self._fresh = {place: held for place, held in self._fresh.items() if place[1] != unit}
+        self._held = {place: held for place, held in self._held.items() if place[1] != unit}
 
-    def leave(self, key: str, block: int, part: Unfinished) -> None:
+    def leave(self, key: str, unit: int, part: Unfinished) -> None:
         """Note what is left open."""
-        self._open.setdefault((key, block), []).append(part)
+        self._open.setdefault((key, unit), []).append(part)
         if part.reason != BUDGET:
             _LOG.warning("%s", part)
 
-    def _compute(self, task: Task, part: Samples, block: int, clean: pa.Table | None) -> list[pa.Table]:
+    def _compute(self, task: Task, part: Samples, clean: pa.Table | None) -> list[pa.Table]:
         """Compute batch after batch, and keep what was computed, however it ends."""
         if self.store is not None and not self.wrote:
             self.store.require_writable()
             self.wrote = True
         self.runner.begin()
         found: list[Outcome] = []
-        start, ends = 0, append(flatnonzero(diff(part.batch)) + 1, len(part))
+        unit, start = int(part.unit[0]), 0
+        ends = np.append(np.flatnonzero(np.diff(part.batch)) + 1, len(part))
         try:
             while start < len(part):
-                size = self._size(task.cell, int(ends[searchsorted(ends, start, side="right")]) - start)
-                batch = part.take(arange(start, start + size, dtype=int64))
+                size = self._size(task.cell, int(ends[np.searchsorted(ends, start, side="right")]) - start)
+                batch = part.take(np.arange(start, start + size))
                 if size == 0:
-                    self._leave(task.cell, block, len(part) - start, BUDGET, str(self.purse))
+                    self._leave(task.cell, unit, len(part) - start, BUDGET, str(self.purse))
                     break
                 try:
                     found.append(self.runner.rows(task, batch, clean))
@@ -144,16 +146,16 @@ class Ledger:
                     start += size
                     continue
                 except TimeLimitError as error:
-                    self._leave(task.cell, block, len(part) - start, TIME_LIMIT, str(error))
+                    self._leave(task.cell, unit, len(part) - start, TIME_LIMIT, str(error))
                     break
                 except Exception as error:
                     short = ran_out(error)
-                    start += self._failed(task.cell, block, batch, len(part) - start, error)
+                    start += self._failed(task.cell, batch, len(part) - start, error)
                 if short:
                     release()  # now that the error is gone, which holds the frames of the attempt
         finally:
             tables = [table for table, _ in found]
-            self._keep(task.cell, block, tables, Examples.join([kept for _, kept in found if kept is not None]))
+            self._keep(task.cell, unit, tables, Examples.join([kept for _, kept in found if kept is not None]))
         return tables
 
     def _size(self, cell: Cell, most: int) -> int:
@@ -161,7 +163,7 @@ class Ledger:
         size = min(most, self._fits.get(cell.key, self.batch_size))
         return size if cell.kind == "clean" else self.purse.affords(cell.key, size)
 
-    def _failed(self, cell: Cell, block: int, batch: Samples, left: int, error: Exception) -> int:
+    def _failed(self, cell: Cell, batch: Samples, left: int, error: Exception) -> int:
         """Return how many samples are done with after an error.
 
         None where a smaller batch may fit in memory; all that are left where one sample does not.
@@ -179,29 +181,31 @@ class Ledger:
             raise error
         named = f"{'out of memory with one sample: ' if short else ''}{type(error).__name__}: {error}"
         done = left if short else len(batch)
-        where = f"block {block} (samples {batch.indices[0]} .. {batch.indices[-1]} of {cell.dataset})"
+        where = f"samples {batch.indices[0]} .. {batch.indices[-1]} of {cell.dataset}"
         text = f"{cell.defense}: {cell.method} failed on {where}: {named}"
-        self._leave(cell, block, done, ERROR, text, "".join(traceback.format_exception(error)))
+        self._leave(cell, int(batch.unit[0]), done, ERROR, text, "".join(traceback.format_exception(error)))
         return done
 
-    def _leave(self, cell: Cell, block: int, samples: int, reason: str, detail: str, told: str = "") -> None:
+    def _leave(self, cell: Cell, unit: int, samples: int, reason: str, detail: str, told: str = "") -> None:
         part = Unfinished(cell.threat, cell.eps, cell.kind, cell.method, samples, reason, detail, told)
-        self.leave(cell.key, block, part)
+        self.leave(cell.key, unit, part)
 
-    def _keep(self, cell: Cell, block: int, tables: list[pa.Table], examples: Examples | None) -> None:
-        """Write the rows. A full disk costs this cell its file, and nothing else: the evaluation goes on."""
+    def _keep(self, cell: Cell, unit: int, tables: list[pa.Table], examples: Examples | None) -> None:
+        """Write the rows. A full disk costs this cell its files, and nothing else: the evaluation goes on."""
         if not tables:
             return
         rows = pa.concat_tables(tables)
         if examples is not None:
-            self._fresh.setdefault((cell.key, block), []).append(examples)
-        try:
-            if self.store is not None:
-                self.store.write(cell, block, rows, examples, self.device)
-                return
-        except OSError as error:
-            self.unsaved.append(f"{cell.method} ({cell.threat or 'clean'}), block {block}: {error}")
-        self._held.setdefault((cell.key, block), []).append(rows)
+            self._fresh.setdefault((cell.key, unit), []).append(examples)
+        if self.store is None:
+            self._held.setdefault((cell.key, unit), []).append(rows)
+            return
+        for block, own, found in by_block(rows, examples):
+            try:
+                self.store.write(cell, block, own, found, self.device)
+            except OSError as error:
+                self.unsaved.append(f"{cell.method} ({cell.threat or 'clean'}), block {block}: {error}")
+                self._held.setdefault((cell.key, unit), []).append(own)
 
 
 def _keys(part: Samples) -> list[tuple[int, str, int]]:

@@ -13,7 +13,6 @@ from torch import Tensor
 from robustbench_lite.core.checks import check_images, check_labels
 from robustbench_lite.data.base import Dataset
 from robustbench_lite.data.hashing import hash_images
-from robustbench_lite.evaluation.cells import block_of
 
 __all__ = ["Samples", "as_samples"]
 
@@ -28,7 +27,8 @@ class Samples:
         y: int64 (N,).
         indices: int64 (N,), their numbers in the whole data set.
         hashes: one image hash a sample.
-        batch: int64 (N,), the batch of its block that each belongs to.
+        batch: int64 (N,), which of them are computed together.
+        unit: int64 (N,), the unit of work that each belongs to: all methods see one unit before they see the next.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Samples:
     indices: np.ndarray[Any, Any]
     hashes: list[str]
     batch: np.ndarray[Any, Any]
+    unit: np.ndarray[Any, Any]
 
     @property
     def targets(self) -> np.ndarray[Any, Any]:
@@ -48,17 +49,20 @@ class Samples:
         digests = (hashlib.blake2b(f"{purpose} {seed} {name}".encode(), digest_size=8).digest() for name in self.hashes)
         return np.array([int.from_bytes(digest, "big") / 2**64 for digest in digests])
 
-    def in_batches(self, size: int) -> Samples:
-        """Return the samples with batches: in each block, in the order of indices, so many at a time.
+    def in_batches(self, size: int, together: int = 1) -> Samples:
+        """Return the samples in batches of `size`, and units of so many batches, in the order of their indices.
 
         They are cut once, for all samples of an evaluation. What of them is computed together later, by one process or
-        by several, lies in one batch, so that rounding and the draws of a stochastic model are the same.
+        by several, lies in one batch, or in a cascade in one unit, so that rounding and the draws of a stochastic model
+        are the same.
         """
-        order = np.argsort(self.indices, kind="stable")
-        blocks, places = block_of(self.indices[order]), np.arange(len(self))
-        batch = np.empty_like(places)
-        batch[order] = (places - np.searchsorted(blocks, blocks)) // size
-        return replace(self, batch=batch)
+        batch = np.empty(len(self), dtype=np.int64)
+        batch[np.argsort(self.indices, kind="stable")] = np.arange(len(self)) // size
+        return replace(self, batch=batch, unit=batch // together)
+
+    def rebatched(self, size: int) -> Samples:
+        """Return the samples in new batches: what is left of several fills one. Units stay."""
+        return replace(self, batch=np.arange(len(self)) // size)
 
     def __len__(self) -> int:
         return len(self.hashes)
@@ -74,6 +78,7 @@ class Samples:
             self.indices[places],
             [self.hashes[i] for i in places],
             self.batch[places],
+            self.unit[places],
         )
 
 
@@ -91,7 +96,7 @@ def as_samples(data: Dataset | tuple[Tensor, Tensor], bounds: tuple[float, float
         if len(x) == 0:
             raise ValueError("there are no samples to evaluate on")
         images = x.detach().cpu().float()
-        return Samples("custom", images, y.cpu(), np.arange(len(x)), hash_images(images), _one_batch(len(x)))
+        return Samples("custom", images, y.cpu(), np.arange(len(x)), hash_images(images), *_uncut(len(x)))
     if not isinstance(data, Dataset):
         raise TypeError(
             f"data must be a Dataset, as load_data('digits') returns it, or two tensors (images, labels), got "
@@ -103,8 +108,8 @@ def as_samples(data: Dataset | tuple[Tensor, Tensor], bounds: tuple[float, float
         raise ValueError("an index comes twice in the data: each sample must be there once")
     name = data.name if data.split == "test" else f"{data.name}/{data.split}"
     hashes = list(data.sample_hashes)
-    return Samples(name, data.images.cpu(), data.labels.cpu(), indices, hashes, _one_batch(len(hashes)))
+    return Samples(name, data.images.cpu(), data.labels.cpu(), indices, hashes, *_uncut(len(hashes)))
 
 
-def _one_batch(samples: int) -> np.ndarray[Any, Any]:
-    return np.zeros(samples, dtype=np.int64)
+def _uncut(samples: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    return np.zeros(samples, dtype=np.int64), np.zeros(samples, dtype=np.int64)

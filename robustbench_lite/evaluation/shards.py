@@ -1,19 +1,14 @@
 """Shards: which samples of an evaluation each of several processes takes.
 
-The unit is a batch (`Samples.in_batches`): what a sample meets does not depend on who computes it. Each shard takes
-batches that follow each other, so that most blocks have one writer.
+They are dealt out by batches, in a cascade by units of work (`Samples.in_batches`): what a sample meets does not depend
+on who computes it. Each shard takes batches that follow each other, so that most blocks have one writer.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-from robustbench_lite.evaluation.cells import BLOCK, block_of
-
-if TYPE_CHECKING:
-    from robustbench_lite.evaluation.samples import Samples
 
 __all__ = ["check_shard", "check_shards", "share"]
 
@@ -38,14 +33,14 @@ def check_shard(shard: Any, shards: int) -> None:
         raise ValueError(f"with shards={shards} a shard is a whole number from 0 to {shards - 1}, got {shard!r}")
 
 
-def share(samples: Samples, shard: int, shards: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Return which samples belong to a shard, bool (N,); none for some shards where there are fewer batches.
+def share(pieces: np.ndarray[Any, Any], shard: int, shards: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Return which samples belong to a shard, bool (N,); none for some shards where there are fewer pieces.
 
     Args:
-        samples: all samples of the evaluation, in batches.
+        pieces: the batch, or unit, of each sample of the evaluation, int64 (N,).
         shard: from 0 to shards - 1.
         shards: how many there are.
     """
-    units, unit = np.unique(block_of(samples.indices) * BLOCK + samples.batch, return_inverse=True)
-    mine: np.ndarray[Any, np.dtype[np.bool_]] = unit * shards // len(units) == shard
+    numbers, number = np.unique(pieces, return_inverse=True)
+    mine: np.ndarray[Any, np.dtype[np.bool_]] = number * shards // len(numbers) == shard
     return mine

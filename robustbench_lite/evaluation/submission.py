@@ -29,8 +29,8 @@ from robustbench_lite.core.oracle import Access, Oracle
 from robustbench_lite.core.rng import Streams
 from robustbench_lite.core.threats import Threat
 from robustbench_lite.data.base import Dataset
-from robustbench_lite.evaluation.cells import Cell, block_of
-from robustbench_lite.evaluation.examples import Examples
+from robustbench_lite.evaluation.cells import Cell
+from robustbench_lite.evaluation.examples import Examples, by_block
 from robustbench_lite.evaluation.files import put
 from robustbench_lite.evaluation.handed import Handed, Known, Submitted
 from robustbench_lite.evaluation.methods import attack_method
@@ -273,10 +273,8 @@ def _keep(store: Store, cell: Cell, kept: list[tuple[pa.Table, Examples]], devic
     if not kept:
         return
     rows, examples = pa.concat_tables([table for table, _ in kept]), Examples.join([found for _, found in kept])
-    blocks = block_of(rows["index"].to_numpy())
-    for block in np.unique(blocks).tolist():
-        own = None if examples is None else examples.take(np.flatnonzero(block_of(examples.index) == block))
-        store.write(cell, block, rows.filter(pa.array(blocks == block)), own, device)
+    for block, own, found in by_block(rows, examples):
+        store.write(cell, block, own, found, device)
 
 
 def _report(store: Store, cell: Cell, handed: Handed, found: Submission) -> None:

@@ -2,7 +2,7 @@
 
 Nothing inside a process ends a kernel that ignores exceptions and signals, or keeps Python's lock; SIGKILL from outside
 does. The worker gets model and plan once, and a batch at a time; it answers with rows. The limit is on all batches of
-what the ledger computes in one go: the missing samples of a cell (one method on one block), or under a budget a slice
+what the ledger computes in one go: the missing samples of a cell (one method on one unit), or under a budget a slice
 of them, then the others. What reaches it is cut off, the worker is killed, and the next cell has a new one. Starting
 one (seconds) is not on anybody's time.
 

@@ -1,4 +1,4 @@
-"""Witnesses: what the audit objects to is written down, with the example, as soon as its block is done."""
+"""Witnesses: what the audit objects to is written down, with the example, as soon as its unit of work is done."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from safetensors.numpy import save
 
 from robustbench_lite.evaluation.audit import Audit, Contradiction, audit
-from robustbench_lite.evaluation.cells import Cell, block_of
+from robustbench_lite.evaluation.cells import Cell
 from robustbench_lite.evaluation.files import put
 from robustbench_lite.evaluation.ledger import Ledger
 from robustbench_lite.evaluation.records import to_frame
@@ -27,21 +27,21 @@ _KEPT = ("broken_certificate", "refuted_attack")
 
 
 class Witnesses:
-    """Collects the witnesses of one evaluation, block by block."""
+    """Collects the witnesses of one evaluation, unit by unit."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._found: dict[str, Contradiction] = {}
 
     def collect(self, part: Samples, rows: pa.Table, cells: Sequence[Cell]) -> None:
-        """Audit a block, and keep the examples of its violations: in the store if there is one, and at hand."""
-        suspect = may_contradict(rows)  # few blocks are: the audit of a small net's took a tenth of the evaluation
+        """Audit a unit, and keep the examples of its violations: in the store if there is one, and at hand."""
+        suspect = may_contradict(rows)  # few units are: the audit of a small net's took a tenth of the evaluation
         violations = [v for v in audit(to_frame(rows)).violations if v.id in _KEPT] if suspect else []
         if violations:
             found = [dataclasses.replace(v, example=self._example(v, part, cells)) for v in violations]
             path = self._write(found, part)
             self._found |= {v.evidence: dataclasses.replace(v, witness=path) for v in found}
-        self._ledger.forget(int(block_of(part.indices)[0]))
+        self._ledger.forget(int(part.unit[0]))
 
     def attach(self, whole: Audit) -> Audit:
         """Return the audit of all records with the witnesses that were kept."""
@@ -59,7 +59,7 @@ class Witnesses:
         return part.x[int(np.flatnonzero(part.indices == facts["index"])[0])].numpy()
 
     def _write(self, violations: list[Contradiction], part: Samples) -> str | None:
-        """Write the block's violations as JSON, and clean and adversarial images beside it; return the file's name."""
+        """Write the unit's violations as JSON, and clean and adversarial images beside it; return the file's name."""
         if self._ledger.store is None:
             return None
         listed = [{"id": v.id, "evidence": v.evidence, "defense": v.defense, **_plain(v.facts)} for v in violations]

@@ -108,7 +108,7 @@ def samples() -> Samples:
 
 
 def shard_of_victim() -> int:
-    return next(k for k in (0, 1) if VICTIM in samples().indices[share(samples(), k, 2)])
+    return next(k for k in (0, 1) if VICTIM in samples().indices[share(samples().batch, k, 2)])
 
 
 def fragile(folder: Path, end: str) -> tuple[str, ...]:
@@ -137,7 +137,7 @@ def test_a_failing_shard_leaves_the_others(rbl, folder: Path, end: str) -> None:
     kept = kept[kept["defense"] == "Fragile"]
     missing = set(load_data("digits").head(20).indices.tolist()) - set(kept["index"])
     assert VICTIM in missing
-    assert missing <= set(samples().indices[share(samples(), shard_of_victim(), 2)].tolist())
+    assert missing <= set(samples().indices[share(samples().batch, shard_of_victim(), 2)].tolist())
     (folder / "mended").touch()
     status, out, err = rbl(*RUN, *sweep)
     assert status == 0, err

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +186,22 @@ def test_costs_that_are_forgiven_are_no_robust_accuracy() -> None:
     assert report.violations == []
 
 
+def test_a_cascade_asks_what_is_left_of_four_batches_together() -> None:
+    """Samples of a seeded draw lie thin in the blocks of the store; attacks on single images cost many times more."""
+    data, every = two_blocks(100), {}
+    data = replace(data, indices=data.indices * 97)
+    for size in (10, 100):
+        fakes.CALLS.clear()
+        methods: dict[str, Any] = {"attacks": [Shift()], "certifiers": [Exact()]}
+        report = evaluate(Linear(), data, THREAT, mode="cascade", audit=0.0, batch_size=size, **methods)
+        every[size] = [len(call) for call in fakes.CALLS["Shift 1"]]
+        assert [len(call) for call in fakes.CALLS["Exact 1"]] == [size] * (100 // size)
+        assert report.records["index"].nunique() == 100
+    (together,) = every[100]
+    assert 3 < together == sum(every[10])
+    assert len(every[10]) <= 3 + together // 10  # 10 batches are three units
+
+
 def test_full_after_a_cascade_computes_the_missing_rows_alone(tmp_path: Path) -> None:
     data = two_blocks(80)
     cascade = evaluate(Linear(), data, THREAT, mode="cascade", audit=1.0, store=tmp_path, **METHODS)
@@ -228,13 +244,13 @@ def test_what_changes_the_answer_is_another_row(tmp_path: Path) -> None:
     assert fakes.count("Shift 1") == 10 * 7
 
 
-def test_a_failing_attack_is_named_and_finished_blocks_are_kept(tmp_path: Path) -> None:
+def test_a_failing_attack_is_named_and_finished_batches_are_kept(tmp_path: Path) -> None:
     data = two_blocks(40)
-    with pytest.raises(EvaluationError, match=r"Linear: Shift.* failed on block 1 .*RuntimeError: a bad day"):
-        evaluate(Linear(), data, THREAT, [Shift(fail_from=500)], store=tmp_path)
+    with pytest.raises(EvaluationError, match=r"Linear: Shift.* failed on samples 520 .. 539 .*: a bad day"):
+        evaluate(Linear(), data, THREAT, [Shift(fail_from=500)], store=tmp_path, batch_size=20)
     fakes.CALLS.clear()
     with pytest.raises(EvaluationError):
-        evaluate(Linear(), data, THREAT, [Shift(fail_from=500)], store=tmp_path)
+        evaluate(Linear(), data, THREAT, [Shift(fail_from=500)], store=tmp_path, batch_size=20)
     assert {i for call in fakes.CALLS["Shift 1"] for i in call} == set(range(520, 540))
 
 

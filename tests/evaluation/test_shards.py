@@ -24,27 +24,24 @@ THREAT = Lp("linf", 0.05)
 @given(st.sets(st.integers(0, 1200), min_size=1, max_size=60), st.integers(1, 9), st.sampled_from([1, 7, 20, 250]))
 def test_each_batch_has_one_shard(indices: set[int], shards: int, batch_size: int) -> None:
     order = sorted(indices, key=lambda index: index * 7 % 11)
-    samples = named(order).in_batches(batch_size)
-    expected = {
-        index: place // batch_size
-        for block in range(3)
-        for place, index in enumerate(sorted(index for index in indices if index // 500 == block))
-    }
+    samples = named(order).in_batches(batch_size, 3)
+    expected = {index: place // batch_size for place, index in enumerate(sorted(indices))}
     assert samples.batch.tolist() == [expected[index] for index in order]
-    owners = np.array([share(samples, shard, shards) for shard in range(shards)])
-    assert (owners.sum(axis=0) == 1).all()
-    batches = [(index // 500, expected[index]) for index in order]
-    assert owners.any(axis=1).sum() == min(shards, len(set(batches)))
-    owner = owners.argmax(axis=0)
-    assert len(set(zip(batches, owner.tolist(), strict=True))) == len(set(batches))
-    assert (np.diff(owner[np.argsort(order)]) >= 0).all()
+    assert samples.unit.tolist() == [expected[index] // 3 for index in order]
+    for pieces in (samples.batch, samples.unit):
+        owners = np.array([share(pieces, shard, shards) for shard in range(shards)])
+        assert (owners.sum(axis=0) == 1).all()
+        assert owners.any(axis=1).sum() == min(shards, len(set(pieces.tolist())))
+        owner = owners.argmax(axis=0)
+        assert len(set(zip(pieces.tolist(), owner.tolist(), strict=True))) == len(set(pieces.tolist()))
+        assert (np.diff(owner[np.argsort(order)]) >= 0).all()
 
 
 def named(indices: list[int]) -> Samples:
     """Samples of which only the indices matter."""
     n = len(indices)
     x, y = torch.zeros(n, 1, 1, 1), torch.zeros(n, dtype=torch.int64)
-    return Samples("none", x, y, np.array(indices), [""] * n, np.zeros(n, dtype=np.int64))
+    return Samples("none", x, y, np.array(indices), [""] * n, *np.zeros((2, n), dtype=np.int64))
 
 
 class Noisy(Linear):
@@ -67,7 +64,7 @@ def test_shards_and_the_whole_give_the_rows_of_one_process(model: Linear, mode: 
     def run(store: str, shard: tuple[int, int] | None = None) -> object:
         methods = ([PGD(steps=1), Shift()], [Exact(0.3)])
         settings = {"mode": mode, "audit": 0.3, "batch_size": 6, "device": "cpu", "seed": 3}
-        return evaluate(model, two_blocks(24), THREAT, *methods, store=tmp_path / store, shard=shard, **settings)
+        return evaluate(model, two_blocks(60), THREAT, *methods, store=tmp_path / store, shard=shard, **settings)
 
     whole = run("one")
     parts = [run("three", (shard, 3)) for shard in (2, 0, 1)]

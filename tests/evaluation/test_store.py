@@ -152,7 +152,7 @@ def test_a_full_disk_costs_the_cell_in_flight(tmp_path: Path, monkeypatch: pytes
         name = os.readlink(f"/proc/self/fd/{handle}") if os.path.exists(f"/proc/self/fd/{handle}") else ""
         if f"{suffix}.tmp" in name:
             writes.append(name)
-            if len(writes) == 2:
+            if len(writes) == 3:
                 raise OSError(errno.ENOSPC, "No space left on device")
         real(handle)
 

@@ -1,7 +1,10 @@
-"""The blocks of an evaluation, and the order in which methods meet them.
+"""The units of an evaluation, and the order in which methods meet them.
 
-Without a budget block after block, in each all methods, so that a killed run leaves finished blocks. With one, method
-after method, each on all blocks, what pays first (`budget.py`).
+Without a budget unit after unit, on each all methods, so that a killed run leaves finished units. With one, method
+after method, each on all units, what pays first (`budget.py`).
+
+A unit is about as long as a block of the store. In a cascade it is several batches long: certifiers and attacks leave
+few samples of each batch, and what is left of all of them is asked together, as many at a time as a batch may have.
 """
 
 from __future__ import annotations
@@ -13,20 +16,22 @@ import pyarrow as pa
 
 from robustbench_lite.evaluation.budget import SLICE
 from robustbench_lite.evaluation.cascade import Cascade
-from robustbench_lite.evaluation.cells import block_of
+from robustbench_lite.evaluation.cells import BLOCK
 from robustbench_lite.evaluation.ledger import Ledger
 from robustbench_lite.evaluation.plan import Task
 from robustbench_lite.evaluation.records import empty_records
 from robustbench_lite.evaluation.samples import Samples
 
-__all__ = ["Block", "Tables", "block_after_block", "cut", "what_pays_first"]
+__all__ = ["Tables", "Unit", "batches_together", "cut", "unit_after_unit", "what_pays_first"]
+
+LEFTOVERS = 4  # batches of a cascade's unit: what attacks are left with of a certified net's fills about one
 
 Tables = dict[str, pa.Table]
-"""The rows of one block by the keys of their cells."""
+"""The rows of one unit by the keys of their cells."""
 
 
-class Block:
-    """The samples of one block, and the rows about them.
+class Unit:
+    """The samples of one unit, and the rows about them.
 
     Args:
         part: the samples, in the order of their indices.
@@ -36,12 +41,12 @@ class Block:
 
     Attributes:
         part: the samples.
-        number: of the block.
+        number: of the unit.
         tables: the rows of each cell by its key, empty where there are none yet.
     """
 
     def __init__(self, part: Samples, tasks: Sequence[Task], ledger: Ledger, audit: float | None) -> None:
-        self.part, self.number = part, int(block_of(part.indices)[0])
+        self.part, self.number = part, int(part.unit[0])
         self._ledger, self._audit = ledger, audit
         self._clean, self._seed = ledger.fetch(tasks[0], part), tasks[0].cell.seed
         self.tables = {task.cell.key: empty_records() for task in tasks} | {tasks[0].cell.key: self._clean}
@@ -68,52 +73,57 @@ class Block:
         return self._ledger.fetch(task, self._answered.take(np.flatnonzero(right)[:count]))
 
 
+def batches_together(size: int, cascade: bool) -> int:
+    """Return how many batches of this size make a unit."""
+    return LEFTOVERS if cascade else max(1, BLOCK // size)
+
+
 def cut(samples: Samples, progress: bool = False) -> Iterable[Samples]:
-    """Yield the samples of each block, in the order of their indices, and show how far it is."""
-    numbers = block_of(samples.indices)
-    order = [np.flatnonzero(numbers == b) for b in np.unique(numbers)]
-    parts = (samples.take(rows[np.argsort(samples.indices[rows], kind="stable")]) for rows in order)
+    """Yield the samples of each unit, in the order of their indices, and show how far it is."""
+    order = np.argsort(samples.indices, kind="stable")
+    numbers = np.unique(samples.unit)
+    parts = (samples.take(order[samples.unit[order] == number]) for number in numbers)
     if not progress:
         return parts
     from rich.progress import track
 
-    return track(parts, description="evaluating", total=len(order))
+    return track(parts, description="evaluating", total=len(numbers))
 
 
-def block_after_block(
-    parts: Iterable[Samples], tasks: Sequence[Task], ledger: Ledger, audit: float | None, done: Callable[[Block], None]
+def unit_after_unit(
+    parts: Iterable[Samples], tasks: Sequence[Task], ledger: Ledger, audit: float | None, done: Callable[[Unit], None]
 ) -> list[Tables]:
-    """Run all methods on one block after the other, call `done` with each that is finished, and return the rows."""
+    """Run all methods on one unit after the other, call `done` with each that is finished, and return the rows."""
     found = []
     for part in parts:
-        block = Block(part, tasks, ledger, audit)
+        unit = Unit(part, tasks, ledger, audit)
         for task in tasks[1:] if audit is None else sorted(tasks[1:], key=lambda task: (task.threat, task.stage)):
-            block.run(task)
-        done(block)
-        found.append(block.tables)
+            unit.run(task)
+        done(unit)
+        found.append(unit.tables)
     return found
 
 
 def what_pays_first(
-    parts: Iterable[Samples], tasks: Sequence[Task], ledger: Ledger, audit: float | None, done: Callable[[Block], None]
+    parts: Iterable[Samples], tasks: Sequence[Task], ledger: Ledger, audit: float | None, done: Callable[[Unit], None]
 ) -> list[Tables]:
-    """Run one method after the other on all blocks, first those that break most for what they cost."""
-    blocks = [Block(part, tasks, ledger, audit) for part in parts]
+    """Run one method after the other on all units, first those that break most for what they cost."""
+    units = [Unit(part, tasks, ledger, audit) for part in parts]
     proofs, attacks, dear = ([task for task in tasks[1:] if task.stage == stage] for stage in range(3))
-    _run(proofs, blocks)
+    _run(proofs, units)
     worth: dict[str, float] = {}
     for task in attacks:
         own = [proof for proof in proofs if proof.threat == task.threat]
-        rows = blocks[0].slice(task, own, SLICE) if blocks else empty_records()
+        rows = units[0].slice(task, own, SLICE) if units else empty_records()
         worth[task.cell.key] = ledger.purse.worth(rows) if len(rows) else -1.0
-    _run(sorted(attacks, key=lambda task: worth[task.cell.key], reverse=True), blocks)
-    _run(dear, blocks)
-    for block in blocks:
-        done(block)
-    return [block.tables for block in blocks]
+    _run(sorted(attacks, key=lambda task: worth[task.cell.key], reverse=True), units)
+    _run(dear, units)
+    for unit in units:
+        done(unit)
+    return [unit.tables for unit in units]
 
 
-def _run(tasks: Iterable[Task], blocks: list[Block]) -> None:
+def _run(tasks: Iterable[Task], units: list[Unit]) -> None:
     for task in tasks:
-        for block in blocks:
-            block.run(task)
+        for unit in units:
+            unit.run(task)
