@@ -1,6 +1,6 @@
 """Faults, for real: kill -9 at random moments, a full disk, a read-only one, damage, errors, hangs, NaN, no memory.
 
-Kills: an evaluation of 200 cells (40 blocks of ten digits, clean answers, two attacks, two certifiers) is killed at
+Kills: an evaluation of 200 cells (40 blocks of twelve digits, clean answers, two attacks, two certifiers) is killed at
 random moments, started again, killed again, and at last left alone; its rows and examples must be those of a run that
 nobody disturbed, each once. After each kill what was on the disk before must still be there.
 
@@ -46,7 +46,8 @@ from robustbench_lite.data.base import Dataset
 from robustbench_lite.evaluation import EvaluationError, Report, Store, StoreError, UnsavedError, evaluate
 from robustbench_lite.zoo import load_defense
 
-BLOCKS, SIZE = 40, 10
+BLOCKS, SIZE = 40, 12
+BATCH = SIZE // 4  # a unit of work is four batches, and so one block
 THREAT = Lp("linf", 0.1)
 ROOM = 96 * 2**20  # bytes beyond what is held: six images of `Wide`
 KEY = ["kind", "method", "index"]
@@ -54,14 +55,14 @@ METHODS: dict[str, Any] = {"attacks": [RandomNoise(draws=5), PGD(steps=5)], "cer
 
 
 def data(blocks: int = BLOCKS) -> Dataset:
-    """Ten digits in each of several blocks."""
+    """Twelve digits in each of several blocks."""
     digits, place = load_data("digits").head(blocks * SIZE), torch.arange(blocks * SIZE)
     return Dataset("digits", "test", digits.images, digits.labels, place % SIZE + 500 * (place // SIZE), 10)
 
 
 def run(store: Path | str | None, blocks: int = BLOCKS, model: nn.Module | None = None, **changes: Any) -> Report:
     """Evaluate."""
-    given = METHODS | {"store": store, "device": "cpu", "adaptive": False, "name": "net"} | changes
+    given = METHODS | {"store": store, "device": "cpu", "adaptive": False, "name": "net", "batch_size": BATCH} | changes
     return evaluate(model or load_defense("digits/pgd_at").eval(), data(blocks), THREAT, **given)
 
 
@@ -248,12 +249,12 @@ def hanging(folder: Path) -> str:
     fault.touch()
     attacks = [RandomNoise(draws=5), Hangs(steps=5, fault=str(fault)), PGD(steps=5)]
     start = time.monotonic()
-    report = run(folder / "store", 2, attacks=attacks, batch_size=6, time_limit=5)
+    report = run(folder / "store", 2, attacks=attacks, batch_size=7, time_limit=5)
     taken = time.monotonic() - start
     (left,) = report.unfinished
     _check(report.verdict == "doubtful" and left.reason == "time limit", "the hang went unsaid")
     fault.unlink()
-    _same(run(folder / "store", 2, attacks=attacks, batch_size=6), run(None, 2, attacks=attacks, batch_size=6))
+    _same(run(folder / "store", 2, attacks=attacks, batch_size=7), run(None, 2, attacks=attacks, batch_size=7))
     return f"cut off twice at 5 s ({taken:.0f} s in all), {left.samples} samples open; the next run computed them"
 
 

@@ -28,7 +28,6 @@ from robustbench_lite.evaluation.plan import Plan, Task, with_own
 from robustbench_lite.evaluation.samples import Samples, as_samples
 from robustbench_lite.evaluation.store import Store
 from robustbench_lite.evaluation.subject import Subject
-from robustbench_lite.evaluation.units import batches_together
 
 if TYPE_CHECKING:
     from robustbench_lite.attacks.base import Attack
@@ -127,7 +126,7 @@ def forecast(
     given = list(attacks), list(certifiers)
     methods = with_own(model, threats, *given) if adaptive else given
     plan = Plan.of(threats, *methods, max_queries)
-    samples = as_samples(data, plan.bounds).in_batches(batch_size, batches_together(batch_size, mode == "cascade"))
+    samples = as_samples(data, plan.bounds).in_batches(batch_size)
     subject = Subject.of(model, name, device, precision)
     there = Store(store) if store is not None and Path(store).is_dir() else None
     drawn = np.argsort(samples.lots("forecast", seed))[: SIZES[-1]]

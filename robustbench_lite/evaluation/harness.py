@@ -1,6 +1,6 @@
 """The harness: one model, some samples, some threats, some methods; one honest row a threat.
 
-Work goes unit by unit (`units.py`; some 500 samples), on each method by method: clean answers, attacks in the order
+Work goes unit by unit (`units.py`; four batches), on each method by method: clean answers, attacks in the order
 given, certifiers, audit; in a cascade cheap proofs come first; under a budget, what pays (`budget.py`). What the store
 holds is taken from it row by row, the rest is computed and added. What fails or is cut off is left open and named.
 """
@@ -34,7 +34,7 @@ from robustbench_lite.evaluation.shards import check_shard, check_shards, share
 from robustbench_lite.evaluation.store import Store
 from robustbench_lite.evaluation.subject import Subject
 from robustbench_lite.evaluation.unfinished import ERROR, TIME_LIMIT, EvaluationError, Unfinished
-from robustbench_lite.evaluation.units import Unit, batches_together, cut, unit_after_unit, what_pays_first
+from robustbench_lite.evaluation.units import Unit, cut, unit_after_unit, what_pays_first
 from robustbench_lite.evaluation.witnesses import Witnesses
 
 if TYPE_CHECKING:
@@ -103,10 +103,10 @@ def evaluate(
             memory is halved.
         device: "auto": where the model is, or a GPU if there is one (the model is copied, not moved).
         max_queries: forward passes that an attack may spend on each sample; None for no limit.
-        time_limit: seconds that one method may take at a time, which is for what is missing of a unit: 500 samples, in
-            a cascade four batches (under a budget: first for 16 of them, then for the others). It runs in a worker
-            process and is killed, whatever it does; finished batches are kept, the other samples have no rows of it.
-            None: no limit, and no worker.
+        time_limit: seconds that one method may take at a time, which is for what is missing of four batches (under
+            a budget: first for 16 samples of them, then for the others). It runs in a worker process and is killed,
+            whatever it does; finished batches are kept, the other samples have no rows of it. None: no limit, and no
+            worker.
         budget: forward passes or minutes that this run may take; it goes to what pays, the rest is not run.
         precision: "auto": the model's; "float32" or "float64" convert a copy of the model.
         shard: (number, of how many): compute only the rows of this share of the samples (evaluation/shards.py), perhaps
@@ -134,7 +134,7 @@ def evaluate(
     if adaptive:
         attacks, certifiers = with_own(model, threats, attacks, certifiers)
     plan = Plan.of(threats, attacks, certifiers, max_queries)
-    samples = as_samples(data, plan.bounds).in_batches(batch_size, batches_together(batch_size, mode == "cascade"))
+    samples = as_samples(data, plan.bounds).in_batches(batch_size)
     subject = Subject.of(model, name, device, precision)
     if shard is not None:
         check_shards(shard[1])

@@ -3,8 +3,8 @@
 Without a budget unit after unit, on each all methods, so that a killed run leaves finished units. With one, method
 after method, each on all units, what pays first (`budget.py`).
 
-A unit is about as long as a block of the store. In a cascade it is several batches long: certifiers and attacks leave
-few samples of each batch, and what is left of all of them is asked together, as many at a time as a batch may have.
+A unit is four batches. Proofs and attacks leave few samples of each; a cascade asks what is left of all four together,
+as many at a time as a batch may have.
 """
 
 from __future__ import annotations
@@ -16,15 +16,12 @@ import pyarrow as pa
 
 from robustbench_lite.evaluation.budget import SLICE
 from robustbench_lite.evaluation.cascade import Cascade
-from robustbench_lite.evaluation.cells import BLOCK
 from robustbench_lite.evaluation.ledger import Ledger
 from robustbench_lite.evaluation.plan import Task
 from robustbench_lite.evaluation.records import empty_records
 from robustbench_lite.evaluation.samples import Samples
 
-__all__ = ["Tables", "Unit", "batches_together", "cut", "unit_after_unit", "what_pays_first"]
-
-LEFTOVERS = 4  # batches of a cascade's unit: what attacks are left with of a certified net's fills about one
+__all__ = ["Tables", "Unit", "cut", "unit_after_unit", "what_pays_first"]
 
 Tables = dict[str, pa.Table]
 """The rows of one unit by the keys of their cells."""
@@ -71,11 +68,6 @@ class Unit:
             sure = rows.filter(rows.column("certified"))
             right &= ~np.isin(self._answered.indices, sure.column("index").to_numpy())
         return self._ledger.fetch(task, self._answered.take(np.flatnonzero(right)[:count]))
-
-
-def batches_together(size: int, cascade: bool) -> int:
-    """Return how many batches of this size make a unit."""
-    return LEFTOVERS if cascade else max(1, BLOCK // size)
 
 
 def cut(samples: Samples, progress: bool = False) -> Iterable[Samples]:

@@ -24,10 +24,10 @@ THREAT = Lp("linf", 0.05)
 @given(st.sets(st.integers(0, 1200), min_size=1, max_size=60), st.integers(1, 9), st.sampled_from([1, 7, 20, 250]))
 def test_each_batch_has_one_shard(indices: set[int], shards: int, batch_size: int) -> None:
     order = sorted(indices, key=lambda index: index * 7 % 11)
-    samples = named(order).in_batches(batch_size, 3)
+    samples = named(order).in_batches(batch_size)
     expected = {index: place // batch_size for place, index in enumerate(sorted(indices))}
     assert samples.batch.tolist() == [expected[index] for index in order]
-    assert samples.unit.tolist() == [expected[index] // 3 for index in order]
+    assert samples.unit.tolist() == [expected[index] // 4 for index in order]
     for pieces in (samples.batch, samples.unit):
         owners = np.array([share(pieces, shard, shards) for shard in range(shards)])
         assert (owners.sum(axis=0) == 1).all()
