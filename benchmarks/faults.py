@@ -43,11 +43,11 @@ from robustbench_lite.certify import CROWNIBP, IBP
 from robustbench_lite.core.threats import Lp
 from robustbench_lite.data import load_data
 from robustbench_lite.data.base import Dataset
-from robustbench_lite.evaluation import EvaluationError, Report, Store, StoreError, UnsavedError, evaluate
+from robustbench_lite.evaluation import EvaluationError, Report, Store, StoreError, UnsavedError, evaluate, samples
 from robustbench_lite.zoo import load_defense
 
 BLOCKS, SIZE = 40, 12
-BATCH = SIZE // 4  # a unit of work is four batches, and so one block
+samples.UNIT = SIZE  # many units of work, and each of them one block: a small cell is quickly killed
 THREAT = Lp("linf", 0.1)
 ROOM = 288 * 2**20  # bytes beyond what is held: six images of `Wide` do not fit, three leave room for libraries
 KEY = ["kind", "method", "index"]
@@ -62,7 +62,7 @@ def data(blocks: int = BLOCKS) -> Dataset:
 
 def run(store: Path | str | None, blocks: int = BLOCKS, model: nn.Module | None = None, **changes: Any) -> Report:
     """Evaluate."""
-    given = METHODS | {"store": store, "device": "cpu", "adaptive": False, "name": "net", "batch_size": BATCH} | changes
+    given = METHODS | {"store": store, "device": "cpu", "adaptive": False, "name": "net"} | changes
     return evaluate(model or load_defense("digits/pgd_at").eval(), data(blocks), THREAT, **given)
 
 

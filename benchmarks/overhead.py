@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from nets import DATA
 from torch import nn
@@ -112,7 +113,9 @@ def _by_hand(
 
 def _batches(data: Dataset, threat: Lp, batch: int) -> Iterator[Samples]:
     """Yield the batches that an evaluation cuts."""
-    yield from cut(as_samples(data, threat.bounds).in_batches(batch))
+    for unit in cut(as_samples(data, threat.bounds).in_batches(batch)):
+        for number in np.unique(unit.batch):
+            yield unit.take(unit.batch == number)
 
 
 def _seeded() -> torch.Generator:

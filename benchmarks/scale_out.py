@@ -36,7 +36,7 @@ METHODS = [
     "+attack@suite.attacks.bim=bim",
     "suite.certifiers.cascade=null",
 ]
-SETTINGS = ["adaptive=false", "batch_size=13"]  # four blocks of digits: some 16 batches
+SETTINGS = ["adaptive=false", "batch_size=13"]  # 16 batches of 200 digits
 SHARDS = ["shards=4"]
 LAUNCHERS = {
     "one process": [],

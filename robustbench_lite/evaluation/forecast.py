@@ -45,7 +45,7 @@ _NAME = ["index", "sample_hash", "label"]
 
 @dataclass(frozen=True)
 class Expected:
-    """What one cell, over all its blocks, is expected to cost.
+    """What one cell, over all its units, is expected to cost.
 
     Attributes:
         threat: the threat's name; None for clean answers.
@@ -235,7 +235,9 @@ def _known(task: Task, samples: Samples, store: Store | None) -> _Mask:
 
 
 def _batches(samples: Samples, share: float, batch_size: int) -> list[float]:
-    """Return the expected sizes of the batches that this share of the samples is cut into, unit by unit."""
+    """Return the expected sizes of the batches: those of the samples, or of the share of each unit that is met."""
+    if share == 1:
+        return [float(count) for count in np.unique(samples.batch, return_counts=True)[1]]
     met = [share * int(count) for count in np.unique(samples.unit, return_counts=True)[1]]
     sizes = [[float(batch_size)] * int(count // batch_size) + [count % batch_size] for count in met]
     return [size for unit in sizes for size in unit if size > 0]

@@ -1,6 +1,6 @@
 """The harness: one model, some samples, some threats, some methods; one honest row a threat.
 
-Work goes unit by unit (`units.py`; four batches), on each method by method: clean answers, attacks in the order
+Work goes unit by unit (`units.py`; some 500 samples), on each method by method: clean answers, attacks in the order
 given, certifiers, audit; in a cascade cheap proofs come first; under a budget, what pays (`budget.py`). What the store
 holds is taken from it row by row, the rest is computed and added. What fails or is cut off is left open and named.
 """
@@ -103,8 +103,8 @@ def evaluate(
             memory is halved.
         device: "auto": where the model is, or a GPU if there is one (the model is copied, not moved).
         max_queries: forward passes that an attack may spend on each sample; None for no limit.
-        time_limit: seconds that one method may take at a time, which is for what is missing of four batches (under
-            a budget: first for 16 samples of them, then for the others). It runs in a worker process and is killed,
+        time_limit: seconds that one method may take at a time, which is for what is missing of some 500 samples
+            (under a budget: first for 16 of them, then for the others). It runs in a worker process and is killed,
             whatever it does; finished batches are kept, the other samples have no rows of it. None: no limit, and no
             worker.
         budget: forward passes or minutes that this run may take; it goes to what pays, the rest is not run.
@@ -161,7 +161,7 @@ def evaluate(
         _check_answered(records, ledger)
         for judged in threats if probed else []:
             notes += _probed(ledger, samples, judged, _fallen(records, judged), seed)
-    _keep_slice(tasks[0].cell, samples, plan, ledger)
+    _keep_slice(tasks[0].cell, samples, int((records["kind"] == "clean").sum()), plan, ledger)
     return _report(records, plan, refused, notes, ledger, witnesses)
 
 
@@ -246,12 +246,12 @@ def _fallen(records: pd.DataFrame, threat: Threat) -> set[int]:
     return set(rows["index"].tolist())
 
 
-def _keep_slice(clean: Cell, samples: Samples, plan: Plan, ledger: Ledger) -> None:
+def _keep_slice(clean: Cell, samples: Samples, answered: int, plan: Plan, ledger: Ledger) -> None:
     """Say in the store which samples belong together; one that can only be read does without if it is complete."""
     if ledger.store is None:
         return
     try:
-        ledger.store.put_slice(clean, samples, plan.names)
+        ledger.store.put_slice(clean, samples, plan.names, complete=answered == len(samples))
     except OSError as error:
         ledger.unsaved += [f"the list of samples: {error}"] if ledger.wrote else []
 

@@ -83,17 +83,19 @@ class Ledger:
         Raises:
             StoreError: rows must be computed, and the store cannot be written.
         """
-        if len(part) == 0 or task.cell.key in self.refused:
+        if len(part) == 0:
             return empty_records()
         key, unit = task.cell.key, int(part.unit[0])
         self._open.pop((key, unit), None)
+        if key in self.refused:
+            return empty_records()
         blocks = np.unique(block_of(part.indices)).tolist()
         kept = [] if self.store is None else [self.store.rows(task.cell, block) for block in blocks]
         stored = pa.concat_tables([empty_records(), *kept, *self._held.get((key, unit), [])])
         known = set(sample_keys(stored))
         missing = np.array([place for place, name in enumerate(_keys(part)) if name not in known], dtype=np.int64)
         if len(missing):
-            self.purse.learn(key, stored)
+            self.purse.learn(key, stored.filter(pa.array(np.isin(stored.column("index").to_numpy(), part.indices))))
             try:
                 stored = pa.concat_tables([stored, *self._compute(task, part.take(missing), clean)])
             except NotApplicableError as error:

@@ -150,7 +150,7 @@ def sparing(method: Method, subject: Subject, clean: pa.Table) -> Method:
     Args:
         method: the attack.
         subject: the model.
-        clean: the clean rows of the block.
+        clean: the clean rows of the unit.
     """
     columns = {name: clean.column(name).to_pylist() for name in ("index", "prediction", "label", "margin", "forwards")}
     rows = zip(*columns.values(), strict=True)

@@ -16,7 +16,7 @@ from robustbench_lite.data.hashing import hash_images
 
 __all__ = ["Samples", "as_samples"]
 
-_TOGETHER = 4  # batches of a unit: what proofs leave of them fills about one
+UNIT = 500  # samples of a unit of work, about: as many as a block of the store has, whatever a batch has
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class Samples:
         return np.array([int.from_bytes(digest, "big") / 2**64 for digest in digests])
 
     def in_batches(self, size: int) -> Samples:
-        """Return the samples in batches of `size`, and in units of four batches, in the order of their indices.
+        """Return the samples in batches of `size`, and in units of some 500, in the order of their indices.
 
         They are cut once, for all samples of an evaluation. What of them is computed together later, by one process or
         by several, lies in one batch, or in a cascade in one unit, so that rounding and the draws of a stochastic model
@@ -60,7 +60,7 @@ class Samples:
         """
         batch = np.empty(len(self), dtype=np.int64)
         batch[np.argsort(self.indices, kind="stable")] = np.arange(len(self)) // size
-        return replace(self, batch=batch, unit=batch // _TOGETHER)
+        return replace(self, batch=batch, unit=batch // max(1, UNIT // size))
 
     def rebatched(self, size: int) -> Samples:
         """Return the samples in new batches: what is left of several fills one. Units stay."""

@@ -7,7 +7,8 @@
     STORE/slices/<fingerprint>-<dataset>-<content>.json the samples of each evaluation (`versions`, `unanswered`)
     STORE/violations/<sample>.json, .safetensors        witnesses of the audit
 
-A file appears whole or not at all, and its examples before it: a killed run loses the block in flight, nothing else.
+A file appears whole or not at all, and its examples before it: a killed run loses what one method was at
+(some 500 samples), nothing else.
 Names are unique, so several machines may write to one store. A row that two of them wrote is read once (`precedence`).
 Files may be merged at any time: who reads a cell and finds one gone reads the cell again (`folders`). docs/store.md has
 the rest.
@@ -230,14 +231,17 @@ class Store:
         whole = pa.concat_tables([schema.empty_table(), *tables])
         return to_frame((whole if all_versions else self._one_version(whole)).select(names))
 
-    def put_slice(self, clean: Cell, samples: SampleNames, threats: Iterable[tuple[str, float | None]]) -> None:
-        """Keep which samples were evaluated together, under which threats, and that `clean` has their clean answers.
+    def put_slice(
+        self, clean: Cell, samples: SampleNames, threats: Iterable[tuple[str, float | None]], *, complete: bool = True
+    ) -> None:
+        """Keep which samples were evaluated together; and if `clean` lacks some of their answers, under which threats.
 
         Raises:
             OSError: it cannot be written.
         """
         stem = keep_slice(self.root, clean.fingerprint, clean.dataset, samples)
-        keep_run(self.root, stem, clean, threats)
+        if not complete:
+            keep_run(self.root, stem, clean, threats)
 
     def put_flags(self, fingerprint: str, dataset: str, flags: Iterable[Mapping[str, Any]], run: Run) -> None:
         """Keep the flags that a model raised on a data set in an evaluation, and its notes (`notes.py`).

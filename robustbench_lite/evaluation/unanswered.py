@@ -1,6 +1,6 @@
 """Samples of an evaluation that have no clean answer: no row tells of them, so the list of samples has to.
 
-Beside each slice (`versions`) a file says which evaluations were about it, and where their clean answers are:
+Beside a slice (`versions`) a file says which evaluations lacked some of its clean answers, and where the others are:
 
     STORE/slices/<fingerprint>-<dataset>-<content>@<run>.json
 
@@ -31,7 +31,7 @@ _ABOUT = ("threat", "eps", "seed", "precision")
 
 
 def keep_run(root: Path, stem: str, clean: Cell, threats: Iterable[tuple[str, float | None]]) -> None:
-    """Keep that a slice was evaluated under these threats.
+    """Keep that a slice was evaluated under these threats, and not all of its samples answered.
 
     Args:
         root: of the store.

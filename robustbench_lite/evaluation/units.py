@@ -3,8 +3,8 @@
 Without a budget unit after unit, on each all methods, so that a killed run leaves finished units. With one, method
 after method, each on all units, what pays first (`budget.py`).
 
-A unit is four batches. Proofs and attacks leave few samples of each; a cascade asks what is left of all four together,
-as many at a time as a batch may have.
+A unit is some batches that follow each other, about 500 samples. Proofs and attacks leave few of them; a cascade asks
+what is left of all its batches together, as many at a time as a batch may have.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 
 __all__ = ["load_checkpoint", "save_checkpoint", "seconds_in"]
 
-FORMAT = 2
+FORMAT = 1
 
 
 def save_checkpoint(path: Path, identity: Mapping[str, str], content: Mapping[str, Any]) -> None:
@@ -64,7 +64,7 @@ def seconds_in(path: Path) -> float:
     Raises:
         ValueError: the file is no checkpoint of this package.
     """
-    return float(_read(path)["content"]["seconds"]) if path.exists() else 0.0
+    return float(_read(path)["content"].get("seconds", 0.0)) if path.exists() else 0.0
 
 
 def _read(path: Path) -> dict[str, Any]:

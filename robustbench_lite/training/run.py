@@ -87,9 +87,10 @@ class Run:
             if (k + 1) % look == 0 or k + 1 == self.steps_per_epoch:
                 self._check(losses[: k + 1])
             advance(step.index + 1)
+        mean = float(losses.mean())  # waits for the device
         self.epoch += 1
         self.seconds += time.perf_counter() - start
-        return float(losses.mean())
+        return mean
 
     def _train_step(self, rows: Tensor, step: Step) -> Tensor:
         device = self.settings.device
@@ -143,7 +144,7 @@ class Run:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on from where `state_dict` was taken."""
-        self.epoch, self.seconds = saved["epoch"], saved["seconds"]
+        self.epoch, self.seconds = saved["epoch"], saved.get("seconds", 0.0)
         self.model.load_state_dict(saved["model"])
         if isinstance(self.state, nn.Module):
             self.state.load_state_dict(saved["state"])

@@ -17,10 +17,11 @@ from evaluation_fakes import Exact, Linear, Shift, linear_data
 
 from robustbench_lite.core.threats import Lp
 from robustbench_lite.data.base import Dataset
-from robustbench_lite.evaluation import evaluate
+from robustbench_lite.evaluation import evaluate, samples
 
 BLOCKS, SIZE = 4, 12
 SLEEP = 0.01  # in each call of an attack
+samples.UNIT = 10  # of many small units of work one is quickly hit
 
 
 def data() -> Dataset:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from evaluation_fakes import Exact, Liar, Linear, Shift, linear_data
+from evaluation_fakes import Exact, Liar, Linear, Shift, linear_data, two_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -168,3 +168,15 @@ def test_witnesses_are_kept_without_a_store() -> None:
 def test_limits_that_make_no_sense_are_refused(given_: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"budget\.(queries|minutes) must be a positive number"):
         Budget(**given_)
+
+
+def test_the_witness_of_each_unit_is_its_own_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a budget all units are at hand at once: what one of them is done with, the others still need."""
+    monkeypatch.setattr("robustbench_lite.evaluation.samples.UNIT", 5)
+    data = two_blocks(60)
+    report = evaluate(Linear(), data, THREAT, [Shift()], [Exact(1.3)], batch_size=5, budget=Budget(queries=10**9))
+    place = {index: row for row, index in enumerate(data.indices.tolist())}
+    assert len(report.violations) > 3
+    for violation in report.violations:
+        moved = torch.as_tensor(violation.example) - data.images[place[int(violation.facts["index"])]]
+        assert float(moved.abs().max()) > 0.01  # the clean image would be a witness of nothing

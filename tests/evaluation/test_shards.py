@@ -27,7 +27,7 @@ def test_each_batch_has_one_shard(indices: set[int], shards: int, batch_size: in
     samples = named(order).in_batches(batch_size)
     expected = {index: place // batch_size for place, index in enumerate(sorted(indices))}
     assert samples.batch.tolist() == [expected[index] for index in order]
-    assert samples.unit.tolist() == [expected[index] // 4 for index in order]
+    assert samples.unit.tolist() == [expected[index] // (500 // batch_size) for index in order]
     for pieces in (samples.batch, samples.unit):
         owners = np.array([share(pieces, shard, shards) for shard in range(shards)])
         assert (owners.sum(axis=0) == 1).all()
@@ -60,7 +60,11 @@ def rows(store: Path) -> pd.DataFrame:
 
 @pytest.mark.parametrize("mode", ["full", "cascade"])
 @pytest.mark.parametrize("model", [Linear(), Noisy()], ids=["deterministic", "stochastic"])
-def test_shards_and_the_whole_give_the_rows_of_one_process(model: Linear, mode: str, tmp_path: Path) -> None:
+def test_shards_and_the_whole_give_the_rows_of_one_process(
+    model: Linear, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("robustbench_lite.evaluation.samples.UNIT", 20)  # three batches of 6
+
     def run(store: str, shard: tuple[int, int] | None = None) -> object:
         methods = ([PGD(steps=1), Shift()], [Exact(0.3)])
         settings = {"mode": mode, "audit": 0.3, "batch_size": 6, "device": "cpu", "seed": 3}
@@ -76,6 +80,12 @@ def test_shards_and_the_whole_give_the_rows_of_one_process(model: Linear, mode: 
     assert joined.notes == whole.notes
     assert all(part.notes == [] for part in parts)
     assert sum(len(part.records) for part in parts) == len(whole.records)
+    assert all(len(part.records) for part in parts)
+
+
+def test_whoever_does_not_prune_shares_by_batches(tmp_path: Path) -> None:
+    parts = [evaluate(Linear(), two_blocks(24), THREAT, [Shift()], batch_size=6, shard=(k, 4)) for k in range(4)]
+    assert [len(part.records) for part in parts] == [12] * 4
 
 
 def test_a_share_of_nothing(tmp_path: Path) -> None:

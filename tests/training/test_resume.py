@@ -318,7 +318,7 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
             return (os.mkdir, (str(tmp_path / "owned"),))
 
     path = tmp_path / "run.pt"
-    torch.save({"format": 2, "content": Evil()}, path)
+    torch.save({"format": 1, "content": Evil()}, path)
     with pytest.raises(ValueError, match="is no readable training checkpoint"):
         run(StandardTraining(), path)
     assert not (tmp_path / "owned").exists()
@@ -327,5 +327,5 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
 def test_other_files_are_no_checkpoints(tmp_path: Path) -> None:
     path = tmp_path / "weights.pt"
     torch.save(net().state_dict(), path)
-    with pytest.raises(ValueError, match="is no training checkpoint of format 2"):
+    with pytest.raises(ValueError, match="is no training checkpoint of format 1"):
         run(StandardTraining(), path)
