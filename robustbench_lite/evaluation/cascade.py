@@ -51,6 +51,7 @@ class Cascade:
         given = self._part
         if self._judged:
             given = given.take(self._correct & open_).rebatched(self._ledger.batch_size)
+        self._ledger.settle(task.cell.key, int(self._part.unit[0]))
         rows = self._ledger.fetch(task, given, self._clean if attack and not self._judged else None)
         if task.cell.key in self._ledger.refused:
             return rows

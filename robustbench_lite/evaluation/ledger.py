@@ -86,7 +86,7 @@ class Ledger:
         if len(part) == 0:
             return empty_records()
         key, unit = task.cell.key, int(part.unit[0])
-        self._open.pop((key, unit), None)
+        self.settle(key, unit)
         if key in self.refused:
             return empty_records()
         blocks = np.unique(block_of(part.indices)).tolist()
@@ -119,6 +119,10 @@ class Ledger:
         """Drop what is held of a unit that is finished."""
         self._fresh = {place: held for place, held in self._fresh.items() if place[1] != unit}
         self._held = {place: held for place, held in self._held.items() if place[1] != unit}
+
+    def settle(self, key: str, unit: int) -> None:
+        """Forget what was left open: it is asked again now, or there is nothing left to ask."""
+        self._open.pop((key, unit), None)
 
     def leave(self, key: str, unit: int, part: Unfinished) -> None:
         """Note what is left open."""

@@ -180,3 +180,11 @@ def test_the_witness_of_each_unit_is_its_own_example(monkeypatch: pytest.MonkeyP
     for violation in report.violations:
         moved = torch.as_tensor(violation.example) - data.images[place[int(violation.facts["index"])]]
         assert float(moved.abs().max()) > 0.01  # the clean image would be a witness of nothing
+
+
+def test_a_failed_slice_is_no_error_where_others_leave_nothing_to_do() -> None:
+    x, y = linear_data(60, wrong=0.0)
+    data = Dataset("linear", "test", x, y, torch.arange(60), 2)
+    attacks, budget = [Shift(), Shift(0.5, fail_from=0)], Budget(queries=10**9)  # at this eps the first fells all
+    report = evaluate(Linear(), data, Lp("linf", 0.9), attacks, mode="cascade", budget=budget, batch_size=5)
+    assert (report.summary()["worst_case"].item(), report.unfinished) == (0.0, [])
