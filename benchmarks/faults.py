@@ -62,7 +62,7 @@ def data(blocks: int = BLOCKS) -> Dataset:
 
 def run(store: Path | str | None, blocks: int = BLOCKS, model: nn.Module | None = None, **changes: Any) -> Report:
     """Evaluate."""
-    given = METHODS | {"store": store, "device": "cpu", "adaptive": False, "name": "net"} | changes
+    given = METHODS | {"store": store, "device": "cpu", "adaptive": False, "name": "net", "batch_size": SIZE} | changes
     return evaluate(model or load_defense("digits/pgd_at").eval(), data(blocks), THREAT, **given)
 
 
@@ -240,8 +240,8 @@ def failing(folder: Path) -> str:
         left = error.report.unfinished
     model.sound = True
     _same(run(folder, 10, model, **settings), run(None, 10, model, **settings))
-    samples = next(part.samples for part in left if part.kind == "clean")
-    return f"EvaluationError with the report of the others, {samples} samples open; the next run computed them"
+    open_ = next(part.samples for part in left if part.kind == "clean")
+    return f"EvaluationError with the report of the others, {open_} samples open; the next run computed them"
 
 
 def hanging(folder: Path) -> str:
@@ -270,7 +270,7 @@ def nan(folder: Path) -> str:
 
 def no_memory(folder: Path) -> str:
     """An address space with room for a few images at a time."""
-    given: dict[str, Any] = {"model": Wide(), "attacks": [RandomNoise(draws=5)], "certifiers": [], "batch_size": SIZE}
+    given: dict[str, Any] = {"model": Wide(), "attacks": [RandomNoise(draws=5)], "certifiers": []}
     whole = run(None, 4, **given)  # libraries have their threads now
     with open("/proc/self/statm") as file:
         held = int(file.read().split()[0]) * resource.getpagesize()
