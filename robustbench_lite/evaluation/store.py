@@ -232,7 +232,7 @@ class Store:
         return to_frame((whole if all_versions else self._one_version(whole)).select(names))
 
     def put_slice(
-        self, clean: Cell, samples: SampleNames, threats: Iterable[tuple[str, float | None]], *, complete: bool = True
+        self, clean: Cell, samples: SampleNames, threats: Iterable[tuple[str, float | None]], *, complete: bool
     ) -> None:
         """Keep which samples were evaluated together; and if `clean` lacks some of their answers, under which threats.
 
