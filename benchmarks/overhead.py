@@ -2,8 +2,9 @@
 
 By hand means: the clean forward pass, each attack and each certifier, called with the same samples, names and seeds,
 and nothing kept. `evaluate` also looks at the model first, asks it again about every returned input, measures
-distances, hashes, audits, makes flags, and writes rows and examples to a fresh folder. One process, one thread, CPU
-seconds; the two take turns, and the ratio is the median of the ratios of neighbours. Both must have found the same.
+distances, hashes, audits, makes flags, and writes rows and examples to a fresh folder. A seeded draw, one process, one
+thread, CPU seconds; the two take turns, and the ratio is the median of the ratios of neighbours. Both must have found
+the same.
 
     RBL_DATA=... python benchmarks/overhead.py --entries digits/pgd_at mnist/ibp_0.3 --images 500
 """
@@ -61,7 +62,7 @@ def main() -> None:
     for entry in options.entries:
         name = entry.partition("/")[0]
         model = load_defense(entry, data_dir=DATA).eval()
-        data = load_data(name, data_dir=DATA).head(options.images)
+        data = load_data(name, data_dir=DATA).sample(options.images, seed=0)
         for suite in options.suites:
             hand, whole = _pairs(model, data, Lp("linf", EPS[name]), suite, options.batch, options.rounds)
             ratios = [a / b for a, b in zip(whole, hand, strict=True)]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from robustbench_lite.evaluation.cells import BLOCK
-from robustbench_lite.evaluation.compact import GROUP
+from robustbench_lite.evaluation.cells import BLOCK, GROUP
 from robustbench_lite.evaluation.records import COLUMNS, SCHEMA_VERSION
 
 HEAD = f"""# The store
@@ -15,9 +14,9 @@ flight. Any parquet reader can read it: nothing below needs this package.
 
 | what | where |
 |---|---|
-| records of one cell | `cells/<cell>/<block>-<unique>.parquet`, {BLOCK} dataset indices each |
+| records of one cell | `cells/<cell>/<block>-<unique>.parquet`, of {BLOCK} dataset indices |
 | examples of its successes | beside them, `.safetensors`: `index`, `x_adv`, of a rotation or flow `parameters` |
-| several blocks, merged | `cells/<cell>/<first>_<last>-<unique>.parquet` and `.safetensors`, at most {GROUP} blocks |
+| several blocks | `cells/<cell>/<first>_<last>-<unique>.parquet`, `.safetensors`, at most {GROUP} |
 | flags that no record shows | `flags/<model>-<data>.json` |
 | which samples were evaluated together | `slices/<model>-<data>-<content>.json` |
 | under which threats, and where their clean answers are | `slices/<model>-<data>-<content>@<run>.json` |

@@ -86,10 +86,13 @@ def _near(margin: pd.Series[Any]) -> pd.Series[Any]:
     return margin.between(-TOLERANCE, TIE)
 
 
-def _proofs(records: pd.DataFrame) -> pd.DataFrame:
-    """Return the certificates that claim something about the true label."""
+def _claims(records: pd.DataFrame) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Return bool (N,): certificates that claim something about the true label."""
     claims = _true(records["certified"]) | (records["radius"] > 0).to_numpy()
-    return records[_true(records["kind"] == "certifier") & _true(records["correct"]) & claims]
+    found: np.ndarray[Any, np.dtype[np.bool_]] = (
+        _true(records["kind"] == "certifier") & _true(records["correct"]) & claims
+    )
+    return found
 
 
 def _pairs(records: pd.DataFrame) -> pd.DataFrame:
@@ -100,8 +103,10 @@ def _pairs(records: pd.DataFrame) -> pd.DataFrame:
     on, wanted = [*_MODEL, *SAMPLE], ["threat", "radius", "distance", "margin"]
     kinds = records["kind"].to_numpy()
     right, won = _true(records["correct"]), _true(records["success"])
+    against = ((kinds == "attack") & won) | ((kinds == "clean") & ~right)
+    claimed = _claims(records) & np.isin(records["index"], records["index"][against])  # few: the rest costs time alone
     records = records.assign(row=np.arange(len(records)))
-    proofs = _proofs(records)[[*on, "threat", "radius", "row"]]
+    proofs = records.loc[claimed, [*on, "threat", "radius", "row"]]
     if len(proofs) == 0:
         return proofs
     attacks, wrong = records[(kinds == "attack") & won], records[(kinds == "clean") & ~right]
@@ -146,7 +151,7 @@ def _probabilistic(records: pd.DataFrame, broken: pd.DataFrame) -> list[tuple[bo
     answers: list[tuple[bool, Contradiction]] = []
     if len(broken) == 0:
         return answers
-    trials = _proofs(records).groupby(by, dropna=False).size()
+    trials = records[_claims(records)].groupby(by, dropna=False).size()
     key: Any
     for key, rows in broken.groupby(by, dropna=False):
         n, failures, alpha = int(trials[key]), len(rows), 1 - float(key[-1])

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from robustbench_lite.evaluation.cells import GROUP
 from robustbench_lite.evaluation.examples import Examples, read_examples, write_examples
 from robustbench_lite.evaluation.files import remove_leftovers, write_files
 from robustbench_lite.evaluation.folders import fresh_path, settled, span
@@ -29,7 +30,6 @@ from robustbench_lite.evaluation.store import Store, StoreError
 
 __all__ = ["Compaction", "compact"]
 
-GROUP = 20  # blocks of one merged file: 10,000 rows, so that a damaged one costs no more than that
 LARGEST = 256 * 2**20  # bytes of examples in one merged file: what a reader holds in memory
 
 

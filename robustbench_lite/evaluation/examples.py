@@ -12,9 +12,9 @@ import pyarrow as pa
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from robustbench_lite.evaluation.cells import block_of
+from robustbench_lite.evaluation.cells import BLOCK, GROUP
 
-__all__ = ["Examples", "by_block", "read_examples", "write_examples"]
+__all__ = ["Examples", "by_group", "read_examples", "write_examples"]
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,16 @@ class Examples:
         return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
-def by_block(rows: pa.Table, examples: Examples | None) -> Iterator[tuple[int, pa.Table, Examples | None]]:
-    """Yield the number of each block that these rows are of, with its rows, and the examples of its samples."""
-    blocks = block_of(rows.column("index").to_numpy())
-    for block in np.unique(blocks).tolist():
-        own = None if examples is None else examples.take(np.flatnonzero(block_of(examples.index) == block))
-        yield block, rows.filter(pa.array(blocks == block)), own
+def by_group(rows: pa.Table, examples: Examples | None) -> Iterator[tuple[pa.Table, Examples | None]]:
+    """Yield the rows and the examples that go into one file: those of each group of blocks."""
+    groups = _group_of(rows.column("index").to_numpy())
+    for group in np.unique(groups).tolist():
+        own = None if examples is None else examples.take(np.flatnonzero(_group_of(examples.index) == group))
+        yield rows.filter(pa.array(groups == group)), own
+
+
+def _group_of(indices: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return indices // (BLOCK * GROUP)
 
 
 def read_examples(path: Path) -> Examples:

@@ -1,7 +1,7 @@
 """The folder of a cell: which blocks each of its files holds, and how to read it while others merge files there.
 
-    00003-1f0e6c2a9b4d.parquet           block 3
-    00000_00019-7c9a01e2d5f3.parquet     blocks 0 to 19, merged (`compact`)
+    00003-1f0e6c2a9b4d.parquet           rows of block 3
+    00000_00019-7c9a01e2d5f3.parquet     rows of blocks 0 to 19: of a sparse draw, or merged (`compact`)
 
 Whoever merges writes the new file before the old ones go. A reader may meet both: rows have names and are taken once. A
 reader may also hold the name of a file that has gone since: it then reads the folder again.
@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
-__all__ = ["fresh_path", "holds", "listed", "meets", "overlap", "settled", "span"]
+__all__ = ["fresh_path", "listed", "meets", "overlap", "settled", "span"]
 
 T = TypeVar("T")
 
@@ -30,15 +30,6 @@ def span(path: Path) -> tuple[int, int]:
     """
     first, _, last = path.name.partition("-")[0].partition("_")
     return int(first), int(last or first)
-
-
-def holds(path: Path, block: int) -> bool:
-    """Say whether a file may have rows of this block; one whose name is not ours has none."""
-    try:
-        first, last = span(path)
-    except ValueError:
-        return False
-    return first <= block <= last
 
 
 def meets(path: Path, blocks: set[int]) -> bool:

@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from robustbench_lite.core.errors import NotApplicableError
 from robustbench_lite.evaluation.budget import Budget, Purse
-from robustbench_lite.evaluation.cells import Cell, block_of, sample_keys
-from robustbench_lite.evaluation.examples import Examples, by_block
+from robustbench_lite.evaluation.cells import Cell, sample_keys
+from robustbench_lite.evaluation.examples import Examples, by_group
 from robustbench_lite.evaluation.methods import Outcome
 from robustbench_lite.evaluation.plan import Task
 from robustbench_lite.evaluation.records import empty_records
@@ -89,8 +89,7 @@ class Ledger:
         self.settle(key, unit)
         if key in self.refused:
             return empty_records()
-        blocks = np.unique(block_of(part.indices)).tolist()
-        kept = [] if self.store is None else [self.store.rows(task.cell, block) for block in blocks]
+        kept = [] if self.store is None else [self.store.rows(task.cell, part.indices)]
         stored = pa.concat_tables([empty_records(), *kept, *self._held.get((key, unit), [])])
         known = set(sample_keys(stored))
         missing = np.array([place for place, name in enumerate(_keys(part)) if name not in known], dtype=np.int64)
@@ -108,7 +107,7 @@ class Ledger:
         """Return the adversarial example of one (index, hash, label) of a unit at hand; None where there is none."""
         index = sample[0]
         fresh = [examples for (key, _), held in self._fresh.items() if key == cell.key for examples in held]
-        stored = [] if self.store is None else self.store.examples(cell, int(block_of(np.array([index]))[0]), sample)
+        stored = [] if self.store is None else self.store.examples(cell, sample)
         for examples in [*fresh, *stored]:
             found = (examples.index == index).nonzero()[0]
             if len(found):
@@ -206,11 +205,13 @@ class Ledger:
         if self.store is None:
             self._held.setdefault((cell.key, unit), []).append(rows)
             return
-        for block, own, found in by_block(rows, examples):
+        for own, found in by_group(rows, examples):
             try:
-                self.store.write(cell, block, own, found, self.device)
+                self.store.write(cell, own, found, self.device)
             except OSError as error:
-                self.unsaved.append(f"{cell.method} ({cell.threat or 'clean'}), block {block}: {error}")
+                indices = own.column("index").to_numpy()
+                where = f"samples {indices.min()} .. {indices.max()}"
+                self.unsaved.append(f"{cell.method} ({cell.threat or 'clean'}), {where}: {error}")
                 self._held.setdefault((cell.key, unit), []).append(own)
 
 

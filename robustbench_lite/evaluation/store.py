@@ -1,8 +1,8 @@
 """The store: records in parquet files, addressed row by row.
 
-    STORE/cells/<cell>/<block>-<unique>.parquet         records of one cell, at most 500 dataset indices
+    STORE/cells/<cell>/<block>-<unique>.parquet         records of one cell, of a block of 500 dataset indices
     STORE/cells/<cell>/<block>-<unique>.safetensors     the adversarial examples of its successes
-    STORE/cells/<cell>/<first>_<last>-<unique>.*        the same of several blocks, merged (`compact`)
+    STORE/cells/<cell>/<first>_<last>-<unique>.*        the same of several blocks: a sparse draw's, or merged
     STORE/flags/<fingerprint>-<dataset>@<threat>.json   flags that no record shows (`notes`)
     STORE/slices/<fingerprint>-<dataset>-<content>.json the samples of each evaluation (`versions`, `unanswered`)
     STORE/violations/<sample>.json, .safetensors        witnesses of the audit
@@ -23,14 +23,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from robustbench_lite.evaluation.cells import BLOCK, Cell, SampleNames, sample_keys
+from robustbench_lite.evaluation.cells import BLOCK, Cell, SampleNames, block_of, sample_keys
 from robustbench_lite.evaluation.examples import Examples, read_examples, write_examples
 from robustbench_lite.evaluation.files import remove_leftovers, require_writable, set_aside, write_files
-from robustbench_lite.evaluation.folders import fresh_path, holds, meets, overlap, settled, span
+from robustbench_lite.evaluation.folders import fresh_path, meets, overlap, settled
 from robustbench_lite.evaluation.notes import Run, keep_notes, read_notes
 from robustbench_lite.evaluation.parquet import (
     DAMAGE,
@@ -78,8 +79,8 @@ class Store:
         except OSError as error:
             raise StoreError(error.strerror) from error
 
-    def rows(self, cell: Cell, block: int) -> pa.Table:
-        """Return the records of a cell's block, each once; damaged files are set aside and reported.
+    def rows(self, cell: Cell, indices: np.ndarray[Any, Any]) -> pa.Table:
+        """Return the records of a cell about these dataset indices, each once; damaged files are set aside.
 
         Raises:
             NewerSchemaError: a file has a newer schema.
@@ -88,31 +89,35 @@ class Store:
         if folder not in self._visited:
             self._visited.add(folder)
             remove_leftovers(folder)
-        tables = settled(folder, lambda paths: [self._of_block(path, block) for path in paths if holds(path, block)])
-        return cell.renamed(each_once(pa.concat_tables([empty_records(), *tables])))
+        blocks = set(block_of(indices).tolist())
+        tables = settled(folder, lambda paths: [self._sound(path) for path in paths if meets(path, blocks)])
+        rows = pa.concat_tables([empty_records(), *tables])
+        return cell.renamed(each_once(rows.filter(pc.is_in(rows["index"], pa.array(indices)))))
 
-    def write(self, cell: Cell, block: int, rows: pa.Table, examples: Examples | None, device: str) -> None:
-        """Add records of one block, and the examples of their successes, which reach the disk first.
+    def write(self, cell: Cell, rows: pa.Table, examples: Examples | None, device: str) -> None:
+        """Add records of one group of blocks, and the examples of their successes, which reach the disk first.
 
         Raises:
             OSError: the disk is full or cannot be written; nothing of this call is kept.
         """
         folder = self._folder(cell)
         folder.mkdir(parents=True, exist_ok=True)
-        path = fresh_path(folder, block, block)
+        blocks = block_of(rows.column("index").to_numpy())
+        path = fresh_path(folder, int(blocks.min()), int(blocks.max()))
         table = rows.replace_schema_metadata(metadata(cell, device))
         files: list[tuple[Path, Callable[[BinaryIO], None]]] = [(path, lambda stream: write_rows(table, stream))]
         if examples is not None and len(examples.index):
             files.insert(0, (path.with_suffix(".safetensors"), lambda stream: write_examples(examples, stream)))
         write_files(files)
 
-    def examples(self, cell: Cell, block: int, sample: tuple[int, str, int]) -> Iterator[Examples]:
-        """Yield the stored examples beside the rows of a sample in a cell's block; first those of the row that is read.
+    def examples(self, cell: Cell, sample: tuple[int, str, int]) -> Iterator[Examples]:
+        """Yield the stored examples beside a cell's rows about a sample; first those of the row that is read.
 
         The sample is (index, image hash, label): its index alone may have stood for another image.
         """
+        blocks = {sample[0] // BLOCK}
         found = settled(
-            self._folder(cell), lambda paths: [self._example(path, sample) for path in paths if holds(path, block)]
+            self._folder(cell), lambda paths: [self._example(path, sample) for path in paths if meets(path, blocks)]
         )
         rows = pa.concat_tables([empty_records(), *(row for row, _ in found)])
         beside = [examples for row, examples in found if len(row)]
@@ -292,13 +297,6 @@ class Store:
         """Return the row that a file has of a sample, if any, and the examples beside it."""
         rows, found = self._sound(records), self.examples_of(records)
         return rows.filter(pa.array([key == sample for key in sample_keys(rows)], pa.bool_())), found
-
-    def _of_block(self, path: Path, block: int) -> pa.Table:
-        """Return the rows that a file has of a block."""
-        table, (first, last) = self._sound(path), span(path)
-        if first == last:
-            return table
-        return table.filter(pc.is_in(table["index"], pa.array(range(block * BLOCK, (block + 1) * BLOCK))))
 
     def _sound(self, path: Path) -> pa.Table:
         """Read a whole file; where it is damaged it is moved aside and has no rows.

@@ -30,7 +30,7 @@ from robustbench_lite.core.rng import Streams
 from robustbench_lite.core.threats import Threat
 from robustbench_lite.data.base import Dataset
 from robustbench_lite.evaluation.cells import Cell
-from robustbench_lite.evaluation.examples import Examples, by_block
+from robustbench_lite.evaluation.examples import Examples, by_group
 from robustbench_lite.evaluation.files import put
 from robustbench_lite.evaluation.handed import Handed, Known, Submitted
 from robustbench_lite.evaluation.methods import attack_method
@@ -269,12 +269,12 @@ def _judged(
 
 
 def _keep(store: Store, cell: Cell, kept: list[tuple[pa.Table, Examples]], device: str) -> None:
-    """Write rows and examples, block by block."""
+    """Write rows and examples, group by group."""
     if not kept:
         return
     rows, examples = pa.concat_tables([table for table, _ in kept]), Examples.join([found for _, found in kept])
-    for block, own, found in by_block(rows, examples):
-        store.write(cell, block, own, found, device)
+    for own, found in by_group(rows, examples):
+        store.write(cell, own, found, device)
 
 
 def _report(store: Store, cell: Cell, handed: Handed, found: Submission) -> None:

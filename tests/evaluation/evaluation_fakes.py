@@ -4,7 +4,7 @@ test."""
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from robustbench_lite.core.goals import as_goal
 from robustbench_lite.core.oracle import Access
 from robustbench_lite.core.results import AttackResult, Certificate, Status
 from robustbench_lite.data.base import Dataset
+from robustbench_lite.evaluation.cells import BLOCK, GROUP
 
 CALLS: dict[str, list[list[int]]] = {}  # the dataset indices of each call, by name of the method
 
@@ -45,6 +46,12 @@ def two_blocks(n: int = 40, seed: int = 0) -> Dataset:
     x, y = linear_data(n, seed)
     indices = torch.arange(n) + torch.where(torch.arange(n) >= n // 2, 500, 0)
     return Dataset("linear", "test", x, y, indices, 2)
+
+
+def two_groups(n: int = 40) -> Dataset:
+    """`two_blocks` under indices whose second half lies so far away that a store has other files for it."""
+    data = two_blocks(n)
+    return replace(data, indices=torch.where(data.indices >= 500, data.indices - 500 + BLOCK * GROUP, data.indices))
 
 
 def exact_radius(x: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ class Broken(Linear):
 
 
 def full(store: Path) -> None:
-    evaluate(Linear(), two_blocks(40), [THREAT, FAR], [Shift(0.5), Shift()], [Exact(), Exact(0.5)], store=store)
+    for samples in (two_blocks(40).head(10), two_blocks(40)):
+        evaluate(Linear(), samples, [THREAT, FAR], [Shift(0.5), Shift()], [Exact(), Exact(0.5)], store=store)
 
 
 def cascade(store: Path) -> None:

@@ -12,7 +12,7 @@ import evaluation_fakes as fakes
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from evaluation_fakes import Exact, Linear, Shift, two_blocks
+from evaluation_fakes import Exact, Linear, Shift, two_groups
 
 from robustbench_lite.core.threats import Lp
 from robustbench_lite.evaluation import Report, Store, StoreError, evaluate, files, summarize
@@ -21,7 +21,7 @@ from robustbench_lite.evaluation.harness import UnsavedError
 from robustbench_lite.evaluation.records import SCHEMA, empty_records, to_frame
 
 THREAT = Lp("linf", 0.05)
-COUNT = 40  # in two blocks
+COUNT = 40  # in two files a cell
 KEY = ["kind", "method", "index"]
 
 
@@ -32,7 +32,7 @@ def _fresh_calls() -> None:
 
 def run(store: Any, **more: Any) -> Report:
     arguments: dict[str, Any] = {"attacks": [Shift(0.5), Shift()], "certifiers": [Exact()]} | more
-    return evaluate(Linear(), two_blocks(COUNT), THREAT, store=store, **arguments)
+    return evaluate(Linear(), two_groups(COUNT), THREAT, store=store, **arguments)
 
 
 def comparable(frame: Any) -> Any:
@@ -52,7 +52,7 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     assert same(Store(tmp_path).records(), report.records)
     assert same(run(None).records, report.records)
     names = [path.name.partition("-")[0] for path in parquet(tmp_path)]
-    assert sorted(names) == ["00000"] * 4 + ["00001"] * 4
+    assert sorted(names) == ["00000"] * 4 + ["00020"] * 4
     for path in parquet(tmp_path):
         index = pq.read_table(path).column("index").to_numpy()
         assert (index // 500 == int(path.name[:5])).all()
@@ -169,7 +169,7 @@ def test_a_full_disk_costs_the_cell_in_flight(tmp_path: Path, monkeypatch: pytes
     monkeypatch.undo()
     fakes.CALLS.clear()
     assert same(run(tmp_path).records, whole.records)
-    assert sum(len(calls) for calls in fakes.CALLS.values()) == 1  # the lost block alone
+    assert sum(len(calls) for calls in fakes.CALLS.values()) == 1  # the lost file alone
 
 
 def test_a_store_that_cannot_be_written_stops_the_run_before_it_computes(
