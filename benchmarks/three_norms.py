@@ -6,8 +6,11 @@ the share that no attack in any of the norms brings down. An attack sees the sam
 of the smallest l2 distance that the attacks without a budget find, over fewer images (a wrong answer to the clean image
 is a distance of 0).
 
+`--suite short` is for defenses that take 50 ms to answer (ABS): PGD (40 steps), FMN, the walk to a reconstruction, and
+Square with 300 queries, with nothing that the defense names.
+
     RBL_DATA=... python benchmarks/three_norms.py --images 1000 --medians 100
-    RBL_DATA=... python benchmarks/three_norms.py --entries abs pgd_at_0.3 --norms l2 --store DIR
+    RBL_DATA=... python benchmarks/three_norms.py --entries abs binary_abs --suite short --images 40 --medians 40
 
 What a store holds already is not computed again.
 """
@@ -24,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from robustbench_lite.attacks import FMN, PGD, FoolboxAttack, QuickAutoAttack, Square
+from robustbench_lite.attacks import FMN, PGD, FoolboxAttack, LatentDescent, QuickAutoAttack, Square
 from robustbench_lite.attacks.base import Attack
 from robustbench_lite.core.models import predict
 from robustbench_lite.core.threats import Lp
@@ -36,7 +39,10 @@ from robustbench_lite.zoo import load_defense
 
 ENTRIES = ("standard", "pgd_at_0.3", "pgd_at_l2_2", "abs", "binary_abs", "ibp_0.3", "nearest_neighbour")
 BUDGETS = {"linf": 0.3, "l2": 2.0, "l1": 10.0, "l0": 12.0}
-SUITE: list[Attack] = [PGD(loss="margin", restarts=2), FMN(), QuickAutoAttack(), Square(queries=1000)]
+SUITES: dict[str, list[Attack]] = {
+    "full": [PGD(loss="margin", restarts=2), FMN(), QuickAutoAttack(), Square(queries=1000)],
+    "short": [PGD(loss="margin"), FMN(), LatentDescent(), Square(queries=300)],
+}
 POINTWISE = FoolboxAttack("PointwiseAttack")
 UNLIMITED = Lp("l2", None)
 
@@ -46,8 +52,10 @@ def accuracies(model: nn.Module, data: Dataset, norms: list[str], options: argpa
     down = []
     for norm in norms:
         threat = Lp(norm, options.eps.get(norm, BUDGETS[norm]))
-        attacks = [attack for attack in SUITE if attack.supports(threat)] + [POINTWISE] * (norm == "l0")
-        report = evaluate(model, data, threat, attacks, mode="cascade", batch_size=100, store=options.store)
+        attacks = [attack for attack in SUITES[options.suite] if attack.supports(threat)]
+        attacks += [POINTWISE] * (norm == "l0")
+        given = {"mode": "cascade", "adaptive": options.suite == "full", "batch_size": 100, "store": options.store}
+        report = evaluate(model, data, threat, attacks, **given)
         down.append(fallen(report))
     down.append(set[int]().union(*down))
     return [f"{100 * (1 - len(found) / len(data)):.1f}" for found in down]
@@ -79,6 +87,7 @@ def main() -> None:
     parser.add_argument("--medians", type=int, default=100, help="the first of them, for the medians; 0: none")
     parser.add_argument("--entries", nargs="*", default=ENTRIES)
     parser.add_argument("--norms", nargs="*", default=list(BUDGETS), choices=list(BUDGETS))
+    parser.add_argument("--suite", default="full", choices=list(SUITES))
     parser.add_argument("--eps", nargs="*", type=budget, default=[], help=f"NORM=EPS; default: {BUDGETS}")
     parser.add_argument("--store", help="a folder that keeps the rows")
     options = parser.parse_args()
