@@ -162,7 +162,7 @@ class Subject:
         backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul) if devices else ()
         allowed = [backend.allow_tf32 for backend in backends]
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(_mixed(seed, part) if self.stochastic and part is not None else seed)
+            _seed(self.device, _mixed(seed, part) if self.stochastic and part is not None else seed)
             try:
                 for backend in backends:
                     backend.allow_tf32 = False
@@ -176,6 +176,15 @@ def _mixed(seed: int, part: Samples) -> int:
     """Return a seed of 63 bits for the batch that begins with this sample."""
     digest = hashlib.blake2b(f"{seed} {part.indices[0]}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """Seed the global generators of the CPU and of this device, and no other, which nobody would restore."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 def _lead(logits: Tensor, y: Tensor) -> Tensor:
