@@ -105,10 +105,10 @@ def _pairs(records: pd.DataFrame) -> pd.DataFrame:
     right, won = _true(records["correct"]), _true(records["success"])
     against = ((kinds == "attack") & won) | ((kinds == "clean") & ~right)
     claimed = _claims(records) & np.isin(records["index"], records["index"][against])  # few: the rest costs time alone
+    if not claimed.any():
+        return records.iloc[:0]
     records = records.assign(row=np.arange(len(records)))
     proofs = records.loc[claimed, [*on, "threat", "radius", "row"]]
-    if len(proofs) == 0:
-        return proofs
     attacks, wrong = records[(kinds == "attack") & won], records[(kinds == "clean") & ~right]
     found = []
     for witnesses, keys in ((attacks, [*on, "threat"]), (wrong, on)):  # a wrong clean image lies in every threat
@@ -186,10 +186,11 @@ def _refuted(records: pd.DataFrame) -> list[Contradiction]:
 
 def _other_model(records: pd.DataFrame) -> list[Contradiction]:
     """Find deterministic certifiers that verified another answer than the deployed model gives."""
-    on, claim = [*_MODEL, "seed", "precision", *SAMPLE], _true(records["status"] == "verified")
-    proofs = records.loc[
-        claim & _true(records["certificate"] == "deterministic"), [*GROUP, *SAMPLE, "defense", "method", "prediction"]
-    ]
+    on, sure = [*_MODEL, "seed", "precision", *SAMPLE], _true(records["certificate"] == "deterministic")
+    verified = sure & _true(records["status"] == "verified")
+    if not verified.any():
+        return []
+    proofs = records.loc[verified, [*GROUP, *SAMPLE, "defense", "method", "prediction"]]
     clean = records.loc[_true(records["kind"] == "clean"), [*on, "prediction", "margin"]]
     both = proofs.merge(clean, on=on, suffixes=("", "_w"))
     both = both[_true(both["prediction"] != both["prediction_w"]) & (both["margin"].abs() > TIE).to_numpy()]

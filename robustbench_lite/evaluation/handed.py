@@ -173,6 +173,8 @@ def with_submitted(store: Store, records: pd.DataFrame, threats: Sequence[tuple[
 
 def outsiders(records: pd.DataFrame) -> list[Flag]:
     """Return a flag for each threat under which submitted examples broke what every attack left standing."""
+    if not (records["status"] == SUBMITTED).any():
+        return []
     attacks = records[records["kind"] == "attack"]
     handed = (attacks["status"] == SUBMITTED).fillna(False).astype(bool)
     found = []
