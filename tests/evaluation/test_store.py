@@ -12,7 +12,7 @@ import evaluation_fakes as fakes
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from evaluation_fakes import Exact, Linear, Shift, two_groups
+from evaluation_fakes import Exact, Linear, Shift, two_blocks, two_groups
 
 from robustbench_lite.core.threats import Lp
 from robustbench_lite.evaluation import Report, Store, StoreError, evaluate, files, summarize
@@ -56,6 +56,18 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     for path in parquet(tmp_path):
         index = pq.read_table(path).column("index").to_numpy()
         assert (index // 500 == int(path.name[:5])).all()
+
+
+def test_a_sparse_draw_is_one_file_a_cell_and_is_read_by_sample(tmp_path: Path) -> None:
+    samples = two_blocks(COUNT)
+    report = evaluate(Linear(), samples, THREAT, [Shift()], [Exact()], store=tmp_path)
+    assert [path.name.partition("-")[0] for path in parquet(tmp_path)] == ["00000_00001"] * 3
+    fakes.CALLS.clear()
+    part = samples.take(range(COUNT // 4, COUNT - 5))
+    some = evaluate(Linear(), part, THREAT, [Shift()], [Exact()], store=tmp_path)
+    assert not fakes.CALLS
+    kept = report.records[report.records["index"].isin(part.indices.tolist())]
+    assert some.records.equals(kept.reset_index(drop=True))
 
 
 def test_a_second_run_computes_nothing_and_gives_the_same_table(tmp_path: Path) -> None:
