@@ -23,13 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from robustbench_lite.evaluation.cells import BLOCK, Cell
+from robustbench_lite.evaluation.cells import BLOCK, BLOCKS_PER_FILE, Cell
 from robustbench_lite.evaluation.files import write_files
 from robustbench_lite.evaluation.folders import fresh_path
 from robustbench_lite.evaluation.parquet import metadata, write_rows
 
 CELLS = 20  # of one defense: clean, 12 + 4 attacks, 3 certifiers
-GROUP = 20 * BLOCK  # rows of one file, as compaction leaves them
+GROUP = BLOCKS_PER_FILE * BLOCK  # rows of one file, as compaction leaves them
 THREATS = {
     name: {"_target_": "robustbench_lite.core.threats.Lp", "norm": name, "eps": eps, "bounds": [0.0, 1.0]}
     for name, eps in (("linf", 0.1), ("l2", 0.5))

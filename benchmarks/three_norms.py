@@ -6,8 +6,8 @@ the share that no attack in any of the norms brings down. An attack sees the sam
 of the smallest l2 distance that the attacks without a budget find, over fewer images (a wrong answer to the clean image
 is a distance of 0).
 
-`--suite short` is for defenses that take 50 ms to answer (ABS): PGD (40 steps), FMN, the walk to a reconstruction, and
-Square with 300 queries, with nothing that the defense names.
+`--suite short` is for defenses that take 50 ms to answer (ABS): of the attacks with a budget PGD (40 steps), FMN, the
+walk to a reconstruction, Square with 300 queries and Pointwise alone.
 
     RBL_DATA=... python benchmarks/three_norms.py --images 1000 --medians 100
     RBL_DATA=... python benchmarks/three_norms.py --entries abs binary_abs --suite short --images 40 --medians 40
@@ -94,14 +94,15 @@ def main() -> None:
     options.eps = dict(options.eps)
     torch.set_num_threads(1)
     data = load_data(options.data, data_dir=DATA).sample(options.images, seed=0)
+    title = f"{options.data}, {len(data)} images, {options.suite} suite"
     console, heads = Console(width=120), [f"{norm} {options.eps.get(norm, BUDGETS[norm]):g}" for norm in options.norms]
-    table = Table("defense", "clean", *heads, "all", "median l2", "s", title=f"{options.data}, {len(data)} images")
+    table = Table("defense", "clean", *heads, "all", "median l2", "s", title=title)
     for name in options.entries:
         start = time.process_time()
         model = load_defense(f"{options.data}/{name}", data_dir=DATA).eval()
         clean = fallen(evaluate(model, data, Lp("linf", 0.1), [], adaptive=False, batch_size=100))
         cells = [name, f"{100 * (1 - len(clean) / len(data)):.1f}", *accuracies(model, data, options.norms, options)]
-        cells += [median(model, data.head(options.medians)) if options.medians else "-"]
+        cells += [median(model, data.head(min(options.medians, len(data)))) if options.medians else "-"]
         cells += [f"{time.process_time() - start:.0f}"]
         console.print("  ".join(cells), style="dim", highlight=False)
         table.add_row(*cells)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from robustbench_lite.evaluation.cells import BLOCK, GROUP
+from robustbench_lite.evaluation.cells import BLOCK, BLOCKS_PER_FILE
 from robustbench_lite.evaluation.records import COLUMNS, SCHEMA_VERSION
 
 HEAD = f"""# The store
 
 Made by `python docs/store.py > docs/store.md`; the columns from `robustbench_lite/evaluation/records.py`.
 
-A store is a folder. Several processes, on several machines, may write to one; a killed one loses at most the unit in
-flight. Any parquet reader can read it: nothing below needs this package.
+A store is a folder. Several processes, on several machines, may write to one; a killed one loses what one
+method was at, some 500 samples. Any parquet reader can read it: nothing below needs this package.
 
 | what | where |
 |---|---|
-| records of one cell | `cells/<cell>/<block>-<unique>.parquet`, of {BLOCK} dataset indices |
+| records of one cell | `cells/<cell>/<block>-<unique>.parquet`, of {BLOCK} dataset indices, or some of it |
 | examples of its successes | beside them, `.safetensors`: `index`, `x_adv`, of a rotation or flow `parameters` |
-| several blocks | `cells/<cell>/<first>_<last>-<unique>.parquet`, `.safetensors`, at most {GROUP} |
+| several blocks | `cells/<cell>/<first>_<last>-<unique>.parquet`, `.safetensors`, at most {BLOCKS_PER_FILE} |
 | flags that no record shows | `flags/<model>-<data>.json` |
 | which samples were evaluated together | `slices/<model>-<data>-<content>.json` |
 | under which threats, and where their clean answers are | `slices/<model>-<data>-<content>@<run>.json` |
@@ -54,8 +54,8 @@ makes few large files of the many small ones of each cell. Others may read and w
 any moment: the merged file appears whole before the old ones go, what is there twice is read once, and who finds a file
 gone reads the folder again. Of several rows about one sample the one that is read stays, with its example. Each merged
 file is read back and compared before anything is removed. Rows that were made under other versions or on another device
-keep a file of their own. What is damaged is left as it is, and named. A file has at most 10,000 rows, and examples that
-fit in memory.
+keep a file of their own. What is damaged is left as it is, and named. A merged file has at most 10,000 rows, and
+examples that fit in memory.
 
 A store of 10,000,000 rows in 1,000 cells is summed up one model at a time, by the columns that the table needs:
 `python benchmarks/store_size.py`.

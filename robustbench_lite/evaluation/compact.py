@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from robustbench_lite.evaluation.cells import GROUP
+from robustbench_lite.evaluation.cells import BLOCKS_PER_FILE
 from robustbench_lite.evaluation.examples import Examples, read_examples, write_examples
 from robustbench_lite.evaluation.files import remove_leftovers, write_files
 from robustbench_lite.evaluation.folders import fresh_path, settled, span
@@ -100,7 +100,7 @@ def _bins(paths: list[Path]) -> list[list[Path]]:
     where, size = -1, 0
     for path in sorted(paths, key=lambda path: (span(path), path.name)):
         examples = path.with_suffix(".safetensors")
-        own, group = examples.stat().st_size if examples.exists() else 0, span(path)[0] // GROUP
+        own, group = examples.stat().st_size if examples.exists() else 0, span(path)[0] // BLOCKS_PER_FILE
         if group != where or size + own > LARGEST:
             bins.append([])
             where, size = group, 0

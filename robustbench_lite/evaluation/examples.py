@@ -12,7 +12,7 @@ import pyarrow as pa
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from robustbench_lite.evaluation.cells import BLOCK, GROUP
+from robustbench_lite.evaluation.cells import BLOCK, BLOCKS_PER_FILE
 
 __all__ = ["Examples", "by_group", "read_examples", "write_examples"]
 
@@ -54,7 +54,7 @@ def by_group(rows: pa.Table, examples: Examples | None) -> Iterator[tuple[pa.Tab
 
 
 def _group_of(indices: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return indices // (BLOCK * GROUP)
+    return indices // (BLOCK * BLOCKS_PER_FILE)
 
 
 def read_examples(path: Path) -> Examples:

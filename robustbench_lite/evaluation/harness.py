@@ -115,7 +115,7 @@ def evaluate(
         progress: show a progress bar.
 
     Raises:
-        TypeError: a model, images, labels or methods of the wrong type.
+        TypeError: a model, images, labels, methods or a seed of the wrong type.
         ValueError: a model in train mode, images out of bounds, labels without a logit, a threat without a budget,
         the same method twice ...; the message says what to do. StoreError: the store cannot be written, or a newer
         version of this package has written it. EvaluationError: a method failed on some batch; the message names
@@ -123,7 +123,7 @@ def evaluate(
         disk was full; what could not be written is in the error's `report` alone. What a time limit or a budget left
         open is no error: `report.unfinished` names it, and the rows of the table are flagged.
     """
-    _check(mode, audit, batch_size, time_limit)
+    _check(seed, mode, audit, batch_size, time_limit)
     if shard is not None and budget is not None and budget.limited:
         raise ValueError("give a budget or a shard, not both: each shard would spend the whole budget")
     threats, attacks, certifiers = (
@@ -165,7 +165,9 @@ def evaluate(
     return _report(records, plan, refused, notes, ledger, witnesses)
 
 
-def _check(mode: str, audit: float, batch_size: int, time_limit: float | None) -> None:
+def _check(seed: int, mode: str, audit: float, batch_size: int, time_limit: float | None) -> None:
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed must be a whole number, an int, got {seed!r}")
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if not 0 <= audit <= 1:

@@ -1,7 +1,7 @@
 """Shards: which samples of an evaluation each of several processes takes.
 
 They are dealt out by batches, in a cascade by units of work (`Samples.in_batches`): what a sample meets does not depend
-on who computes it. Each shard takes batches that follow each other, so that most blocks have one writer.
+on who computes it. Each shard takes batches that follow each other, so that most files are read by one shard alone.
 """
 
 from __future__ import annotations

@@ -130,6 +130,8 @@ class Store:
             return None
         try:
             return read_examples(path)
+        except FileNotFoundError:
+            return None
         except (ValueError, OSError) as error:
             self._report(str(error))
             return None
@@ -294,9 +296,17 @@ class Store:
             return None
 
     def _example(self, records: Path, sample: tuple[int, str, int]) -> tuple[pa.Table, Examples | None]:
-        """Return the row that a file has of a sample, if any, and the examples beside it."""
-        rows, found = self._sound(records), self.examples_of(records)
-        return rows.filter(pa.array([key == sample for key in sample_keys(rows)], pa.bool_())), found
+        """Return the row that a file has of a sample, if any, and the examples beside it.
+
+        Raises:
+            FileNotFoundError: it has gone meanwhile.
+        """
+        rows = self._sound(records)
+        own = rows.filter(pa.array([key == sample for key in sample_keys(rows)], pa.bool_()))
+        found = self.examples_of(records) if len(own) else None
+        if not records.exists():
+            raise FileNotFoundError(records)  # merged meanwhile: the examples may have gone before they were read
+        return own, found
 
     def _sound(self, path: Path) -> pa.Table:
         """Read a whole file; where it is damaged it is moved aside and has no rows.

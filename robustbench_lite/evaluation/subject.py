@@ -162,7 +162,7 @@ class Subject:
         backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul) if devices else ()
         allowed = [backend.allow_tf32 for backend in backends]
         with torch.random.fork_rng(devices=devices):
-            _seed(self.device, _mixed(seed, part) if self.stochastic and part is not None else seed)
+            self._seed(_mixed(seed, part) if self.stochastic and part is not None else seed)
             try:
                 for backend in backends:
                     backend.allow_tf32 = False
@@ -171,20 +171,16 @@ class Subject:
                 for backend, before in zip(backends, allowed, strict=True):
                     backend.allow_tf32 = before
 
+    def _seed(self, seed: int) -> None:
+        """Seed all global generators; of a net on the CPU its own, as `torch.manual_seed` takes longer than a batch."""
+        at_home = self.device.type == "cpu" and isinstance(self.model, nn.Module)
+        (torch.default_generator.manual_seed if at_home else torch.manual_seed)(seed)
+
 
 def _mixed(seed: int, part: Samples) -> int:
     """Return a seed of 63 bits for the batch that begins with this sample."""
     digest = hashlib.blake2b(f"{seed} {part.indices[0]}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-def _seed(device: torch.device, seed: int) -> None:
-    """Seed the global generators of the CPU and of this device, and no other, which nobody would restore."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index].manual_seed(seed)
-    elif device.type == "mps":
-        torch.mps.manual_seed(seed)
 
 
 def _lead(logits: Tensor, y: Tensor) -> Tensor:

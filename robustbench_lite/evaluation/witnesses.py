@@ -48,7 +48,7 @@ class Witnesses:
         return Audit([self._found.get(v.evidence, v) for v in whole.violations], whole.findings)
 
     def _example(self, violation: Contradiction, part: Samples, cells: Sequence[Cell]) -> Any:
-        """Return the input that a violation is about: the attack's, or the clean image."""
+        """Return the input that a violation is about, the attack's or the clean image; None where it is damaged."""
         facts, prefix = violation.facts, "" if violation.id == "refuted_attack" else "witness_"
         wanted = (facts["threat"], *(facts[f"{prefix}{name}"] for name in ("method", "version", "eps")))
         for cell in cells:
@@ -56,19 +56,22 @@ class Witnesses:
                 example = self._ledger.example(cell, (facts["index"], facts["sample_hash"], facts["label"]))
                 if example is not None:
                     return example.x_adv[0]
+        if violation.id == "refuted_attack" or facts["witness_distance"] > 0:
+            return None
         return part.x[int(np.flatnonzero(part.indices == facts["index"])[0])].numpy()
 
     def _write(self, violations: list[Contradiction], part: Samples) -> str | None:
-        """Write the unit's violations as JSON, and clean and adversarial images beside it; return the file's name."""
+        """Write the unit's violations as JSON, and the images of those that have any; return the file's name."""
         if self._ledger.store is None:
             return None
         listed = [{"id": v.id, "evidence": v.evidence, "defense": v.defense, **_plain(v.facts)} for v in violations]
         data = json.dumps(listed, indent=1).encode()
         name = f"violations/{violations[0].facts['fingerprint']}-{hashlib.sha256(data).hexdigest()[:12]}"
-        indices = np.array([v.facts["index"] for v in violations], dtype=np.int64)
+        shown = [v for v in violations if v.example is not None]
+        indices = np.array([v.facts["index"] for v in shown], dtype=np.int64)
         places = [int(np.flatnonzero(part.indices == index)[0]) for index in indices]
-        images = np.stack([np.asarray(v.example) for v in violations])
-        tensors = {"index": indices, "x": part.x[places].numpy(), "x_adv": np.ascontiguousarray(images)}
+        images = np.array([v.example for v in shown], dtype=np.float32).reshape(-1, *part.x.shape[1:])
+        tensors = {"index": indices, "x": part.x[places].numpy(), "x_adv": images}
         try:
             put(self._ledger.store.root / f"{name}.safetensors", save(tensors))
             put(self._ledger.store.root / f"{name}.json", data)

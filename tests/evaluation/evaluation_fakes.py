@@ -15,7 +15,7 @@ from robustbench_lite.core.goals import as_goal
 from robustbench_lite.core.oracle import Access
 from robustbench_lite.core.results import AttackResult, Certificate, Status
 from robustbench_lite.data.base import Dataset
-from robustbench_lite.evaluation.cells import BLOCK, GROUP
+from robustbench_lite.evaluation.cells import BLOCK, BLOCKS_PER_FILE
 
 CALLS: dict[str, list[list[int]]] = {}  # the dataset indices of each call, by name of the method
 
@@ -51,7 +51,9 @@ def two_blocks(n: int = 40, seed: int = 0) -> Dataset:
 def two_groups(n: int = 40) -> Dataset:
     """`two_blocks` under indices whose second half lies so far away that a store has other files for it."""
     data = two_blocks(n)
-    return replace(data, indices=torch.where(data.indices >= 500, data.indices - 500 + BLOCK * GROUP, data.indices))
+    return replace(
+        data, indices=torch.where(data.indices >= 500, data.indices - 500 + BLOCK * BLOCKS_PER_FILE, data.indices)
+    )
 
 
 def exact_radius(x: Tensor) -> Tensor:

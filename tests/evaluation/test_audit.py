@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def test_a_lying_certifier_is_caught_with_both_witnesses(tmp_path: Path, mode: s
     assert ids(report.violations) == {"broken_certificate"}
     assert report.verdict == "invalid"
     assert report.summary()["verdict"].item() == "invalid"
-    assert len(report.records[report.records["kind"] == "clean"]) == 80  # the other block was finished
+    assert len(report.records[report.records["kind"] == "clean"]) == 80  # all samples were finished
     for violation in report.violations:
         listed = json.loads((tmp_path / violation.witness).read_text())
         kept = next(entry for entry in listed if entry["index"] == violation.facts["index"])
@@ -67,6 +68,20 @@ def test_witnesses_survive_resume(tmp_path: Path) -> None:
     again = evaluate(Linear(), two_blocks(40), THREAT, [Shift()], [Exact(3.0)], store=tmp_path)
     assert [v.evidence for v in again.violations] == [v.evidence for v in first.violations]
     assert sorted(tmp_path.glob("violations/*")) == files
+
+
+def test_a_witness_whose_example_is_damaged_is_told_without_an_image(tmp_path: Path) -> None:
+    evaluate(Linear(), two_blocks(40), THREAT, [Shift()], [Exact(3.0)], store=tmp_path)
+    shutil.rmtree(tmp_path / "violations")
+    for path in tmp_path.glob("cells/*/*.safetensors"):
+        path.write_bytes(path.read_bytes()[:50])
+    report = evaluate(Linear(), two_blocks(40), THREAT, [Shift()], [Exact(3.0)], store=tmp_path)
+    listed = {v["index"]: v for path in tmp_path.glob("violations/*.json") for v in json.loads(path.read_text())}
+    kept = np.concatenate([load_file(path)["index"] for path in tmp_path.glob("violations/*.safetensors")])
+    assert set(listed) == {v.facts["index"] for v in report.violations} != set()
+    assert set(kept.tolist()) == {index for index, v in listed.items() if v["witness_distance"] == 0}
+    assert all((v.example is None) == (v.facts["witness_distance"] > 0) for v in report.violations)
+    assert any("damaged examples" in warning for warning in report.warnings)
 
 
 def test_a_proof_for_a_misclassified_image_is_caught_without_any_attack() -> None:
@@ -172,7 +187,7 @@ def test_a_witness_beyond_the_radius_proves_nothing() -> None:
     assert audit(rows).violations == []
 
 
-def test_the_quick_look_at_a_block_never_misses_a_violation() -> None:
+def test_the_quick_look_at_a_unit_never_misses_a_violation() -> None:
     rng, found = np.random.default_rng(0), []
     kinds = {"clean": None, "attack": Shift(), "certifier": Exact()}
     report = evaluate(Linear(), two_blocks(8), THREAT, [kinds["attack"]], [kinds["certifier"]])

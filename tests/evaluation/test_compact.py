@@ -132,10 +132,10 @@ def test_nothing_is_computed_again_and_more_can_be_added(filled: Path) -> None:
 
 def test_groups_of_blocks_have_files_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path)
-    monkeypatch.setattr("robustbench_lite.evaluation.compact.GROUP", 2)
+    monkeypatch.setattr("robustbench_lite.evaluation.compact.BLOCKS_PER_FILE", 2)
     compact(tmp_path)
     assert {span(path) for path in files(tmp_path)} == {(0, 1), (2, 3), (4, 4)}
-    monkeypatch.setattr("robustbench_lite.evaluation.compact.GROUP", 20)
+    monkeypatch.setattr("robustbench_lite.evaluation.compact.BLOCKS_PER_FILE", 20)
     monkeypatch.setattr("robustbench_lite.evaluation.compact.LARGEST", 1)  # examples are never held together
     before = len(list(tmp_path.rglob("*.safetensors")))
     compact(tmp_path)
@@ -274,7 +274,28 @@ def test_examples_that_go_between_two_looks(filled: Path, original: Path, monkey
     assert examples(filled) == examples(original)
 
 
-def test_a_block_is_cut_out_of_a_merged_file(filled: Path) -> None:
+def test_an_example_whose_file_goes_is_read_from_the_merged_one(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fallen = Store(filled).records(success=True)
+    real, calls = Store.examples_of, []
+
+    def slow(store: Store, records: Path) -> Any:
+        calls.append(records)
+        if len(calls) == 1:
+            compact(filled)  # after the rows were read, and before their examples are
+        return real(store, records)
+
+    monkeypatch.setattr(Store, "examples_of", slow)
+    for head in Store(filled).heads():
+        cell: Any = SimpleNamespace(key=head.name)
+        rows = fallen[fallen["method"] == head.row["method"]]
+        for name in zip(rows["index"], rows["sample_hash"], rows["label"], strict=True):
+            found = list(Store(filled).examples(cell, name))
+            assert len(found) == 1
+            assert name[0] in found[0].index
+    assert len(calls) == len(fallen) + 1
+
+
+def test_samples_are_cut_out_of_a_merged_file(filled: Path) -> None:
     compact(filled)
     for head in Store(filled).heads():
         cell: Any = SimpleNamespace(key=head.name, renamed=lambda rows: rows)

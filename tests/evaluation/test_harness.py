@@ -496,6 +496,7 @@ def _refusals() -> list[Any]:
         ({"attacks": [Secret(hidden=1), Secret(hidden=2)]}, "both called Secret"),
         ({"attacks": [PGD]}, "instances of dataclasses"),
         ({"attacks": [Needy(torch.ones(1))]}, "no place in a stored identity"),
+        ({"seed": 1.0}, "seed must be a whole number, an int, got 1.0"),
         ({"audit": 1.5}, "audit is a share of the samples"),
         ({"mode": "fast"}, "mode must be one of full, cascade"),
         ({"batch_size": 0}, "batch_size"),

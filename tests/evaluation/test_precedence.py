@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from evaluation_fakes import Exact, Linear, Shift, two_blocks
+from evaluation_fakes import Exact, Linear, Shift, two_groups
 from safetensors.numpy import load_file, save_file
 
 from robustbench_lite.app import receipts
@@ -81,7 +81,7 @@ def contradict(store: Path, unique: str) -> None:
 
 
 def fill(store: Path) -> receipts.Receipt:
-    report = evaluate(Linear(), two_blocks(40), THREAT, [Shift(0.5), Shift()], [Exact()], store=store)
+    report = evaluate(Linear(), two_groups(40), THREAT, [Shift(0.5), Shift()], [Exact()], store=store)
     receipt = receipts.receipt_of(report, {}, store)
     assert receipt is not None
     return receipt
@@ -114,7 +114,7 @@ def test_every_reader_takes_the_less_flattering_row(unique: str, merged: bool, t
     served = receipts.report_of(receipt, tmp_path)
     assert served is not None
     assert served.summary()[table.columns].equals(table)
-    again = evaluate(Linear(), two_blocks(40), THREAT, [Shift(0.5), Shift()], [Exact()], store=tmp_path)
+    again = evaluate(Linear(), two_groups(40), THREAT, [Shift(0.5), Shift()], [Exact()], store=tmp_path)
     pd.testing.assert_frame_equal(ordered(again.records), expected)
 
 
@@ -140,7 +140,7 @@ def test_a_success_is_read_with_its_own_example(unique: str, tmp_path: Path) -> 
     compact(tmp_path)
     assert check() == before > 0
     paths = {path.parent.name for path in tmp_path.rglob("*.safetensors")}
-    assert len(list(tmp_path.rglob("*.safetensors"))) == len(paths)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2 * len(paths)  # of each group
 
 
 def test_rows_of_a_lucky_run_do_not_hide_behind_an_unlucky_one(tmp_path: Path) -> None:
@@ -154,9 +154,9 @@ def test_rows_of_a_lucky_run_do_not_hide_behind_an_unlucky_one(tmp_path: Path) -
             written = pa.Table.from_pandas(rows, SCHEMA, preserve_index=False)
             written = written.replace_schema_metadata(table.schema.metadata)
             pq.write_table(written, path.with_name(f"{path.name.partition('-')[0]}-000.parquet"))
-    before = verify(tmp_path, lambda _: Linear(), two_blocks(40))
+    before = verify(tmp_path, lambda _: Linear(), two_groups(40))
     compact(tmp_path)
-    after = verify(tmp_path, lambda _: Linear(), two_blocks(40))
+    after = verify(tmp_path, lambda _: Linear(), two_groups(40))
     assert before.ok
     assert after.ok
     assert before.examples == after.examples > 0
