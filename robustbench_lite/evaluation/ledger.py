@@ -100,8 +100,11 @@ class Ledger:
             except NotApplicableError as error:
                 self.refused[key] = str(error)
                 return empty_records()
-        places = {name: place for place, name in enumerate(sample_keys(stored))}
-        return stored.take(pa.array([places[name] for name in _keys(part) if name in places], type=pa.int64()))
+        held, wanted = sample_keys(stored), _keys(part)
+        if held == wanted:
+            return stored
+        places = {name: place for place, name in enumerate(held)}
+        return stored.take(pa.array([places[name] for name in wanted if name in places], type=pa.int64()))
 
     def example(self, cell: Cell, sample: tuple[int, str, int]) -> Examples | None:
         """Return the adversarial example of one (index, hash, label) of a unit at hand; None where there is none."""

@@ -19,6 +19,7 @@ __all__ = [
     "StoreError",
     "metadata",
     "only_damage",
+    "reaches",
     "read_head",
     "read_metadata",
     "read_rows",
@@ -91,6 +92,18 @@ def read_whole(path: Path, names: list[str]) -> tuple[dict[bytes, bytes], pa.Tab
     for name in (name for name in names if name not in there and SCHEMA.field(name).nullable):
         table = table.append_column(SCHEMA.field(name), pa.nulls(len(table), SCHEMA.field(name).type))  # a later column
     return kept, table.select(names).cast(pa.schema([SCHEMA.field(name) for name in names]))
+
+
+def reaches(path: Path, low: int, high: int) -> bool:
+    """Say whether a file may have records about dataset indices from `low` to `high`: by its footer, without a page.
+
+    Raises what `read_metadata` raises.
+    """
+    with pq.ParquetFile(path) as file:
+        place = file.schema_arrow.get_field_index("index")
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    known = [group.column(place).statistics for group in groups]
+    return any(seen is None or not seen.has_min_max or (seen.min <= high and seen.max >= low) for seen in known)
 
 
 def only_damage(error: Exception) -> None:

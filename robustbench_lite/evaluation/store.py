@@ -38,6 +38,7 @@ from robustbench_lite.evaluation.parquet import (
     StoreError,
     metadata,
     only_damage,
+    reaches,
     read_head,
     read_metadata,
     read_rows,
@@ -89,8 +90,8 @@ class Store:
         if folder not in self._visited:
             self._visited.add(folder)
             remove_leftovers(folder)
-        blocks = set(block_of(indices).tolist())
-        tables = settled(folder, lambda paths: [self._sound(path) for path in paths if meets(path, blocks)])
+        blocks, ends = set(block_of(indices).tolist()), (int(indices.min()), int(indices.max()))
+        tables = settled(folder, lambda paths: [self._sound(path, ends) for path in paths if meets(path, blocks)])
         rows = pa.concat_tables([empty_records(), *tables])
         return cell.renamed(each_once(rows.filter(pc.is_in(rows["index"], pa.array(indices)))))
 
@@ -308,14 +309,14 @@ class Store:
             raise FileNotFoundError(records)  # merged meanwhile: the examples may have gone before they were read
         return own, found
 
-    def _sound(self, path: Path) -> pa.Table:
-        """Read a whole file; where it is damaged it is moved aside and has no rows.
+    def _sound(self, path: Path, ends: tuple[int, int] | None = None) -> pa.Table:
+        """Read a whole file, or nothing of one without indices between these; a damaged one is moved aside: no rows.
 
         Raises:
             FileNotFoundError: it has gone meanwhile.
         """
         try:
-            return read_rows(path, SCHEMA.names)
+            return empty_records() if ends and not reaches(path, *ends) else read_rows(path, SCHEMA.names)
         except DAMAGE as error:
             only_damage(error)
             self._report(f"damaged records {path.relative_to(self.root)}: {error}; set aside, to be computed again")

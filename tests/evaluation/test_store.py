@@ -70,6 +70,18 @@ def test_a_sparse_draw_is_one_file_a_cell_and_is_read_by_sample(tmp_path: Path) 
     assert some.records.equals(kept.reset_index(drop=True))
 
 
+def test_files_about_other_samples_of_a_block_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples, real, seen = two_blocks(COUNT), store_module.read_rows, []
+    for part in (samples.take(range(5)), samples.take(range(5, 12)), samples.take(range(12, COUNT))):
+        evaluate(Linear(), part, THREAT, [Shift()], store=tmp_path)
+    monkeypatch.setattr(store_module, "read_rows", lambda path, names: seen.append(path) or real(path, names))
+    fakes.CALLS.clear()
+    report = evaluate(Linear(), samples.take(range(4, 10)), THREAT, [Shift()], store=tmp_path)
+    assert not fakes.CALLS
+    assert report.records["index"].tolist() == 2 * list(range(4, 10))
+    assert len(seen) == len(set(seen)) == 4  # two files a cell
+
+
 def test_a_second_run_computes_nothing_and_gives_the_same_table(tmp_path: Path) -> None:
     first, written = run(tmp_path), parquet(tmp_path)
     fakes.CALLS.clear()
