@@ -26,9 +26,7 @@ from robustbench_lite.evaluation.specs import canonical
 __all__ = ["BLOCK", "BLOCKS_PER_FILE", "Cell", "SampleNames", "block_of", "sample_keys"]
 
 BLOCK = 500  # dataset indices: the names of files say of which blocks they hold rows
-BLOCKS_PER_FILE = (
-    20  # blocks that one file may hold rows of: 10,000 rows, so that a damaged one costs no more than that
-)
+BLOCKS_PER_FILE = 20  # at most: 10,000 rows, so that a damaged file costs no more than that
 
 
 class SampleNames(Protocol):

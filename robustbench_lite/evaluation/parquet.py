@@ -100,6 +100,7 @@ def reaches(path: Path, low: int, high: int) -> bool:
     Raises what `read_metadata` raises.
     """
     with pq.ParquetFile(path) as file:
+        _check_version(path, file.schema_arrow.metadata or {})
         place = file.schema_arrow.get_field_index("index")
         groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
     known = [group.column(place).statistics for group in groups]

@@ -70,7 +70,7 @@ class Witnesses:
         shown = [v for v in violations if v.example is not None]
         indices = np.array([v.facts["index"] for v in shown], dtype=np.int64)
         places = [int(np.flatnonzero(part.indices == index)[0]) for index in indices]
-        images = np.array([v.example for v in shown], dtype=np.float32).reshape(-1, *part.x.shape[1:])
+        images = np.array([v.example for v in shown]).reshape(-1, *part.x.shape[1:])
         tensors = {"index": indices, "x": part.x[places].numpy(), "x_adv": images}
         try:
             put(self._ledger.store.root / f"{name}.safetensors", save(tensors))

@@ -70,6 +70,15 @@ def test_witnesses_survive_resume(tmp_path: Path) -> None:
     assert sorted(tmp_path.glob("violations/*")) == files
 
 
+def test_a_witness_keeps_its_precision(tmp_path: Path) -> None:
+    methods: dict[str, Any] = {"attacks": [Shift()], "certifiers": [Exact(3.0)], "precision": "float64"}
+    report = evaluate(Linear(), two_blocks(40), THREAT, store=tmp_path, **methods)
+    paths = sorted(tmp_path.glob("violations/*.safetensors"))
+    assert report.violations
+    assert paths
+    assert all(load_file(path)["x_adv"].dtype == np.float64 for path in paths)
+
+
 def test_a_witness_whose_example_is_damaged_is_told_without_an_image(tmp_path: Path) -> None:
     evaluate(Linear(), two_blocks(40), THREAT, [Shift()], [Exact(3.0)], store=tmp_path)
     shutil.rmtree(tmp_path / "violations")

@@ -70,6 +70,16 @@ def test_a_sparse_draw_is_one_file_a_cell_and_is_read_by_sample(tmp_path: Path) 
     assert some.records.equals(kept.reset_index(drop=True))
 
 
+def test_a_newer_file_is_refused_whichever_samples_it_is_about(tmp_path: Path) -> None:
+    samples = two_blocks(COUNT)
+    evaluate(Linear(), samples.take(range(5)), THREAT, [Shift()], store=tmp_path)
+    for path in parquet(tmp_path):
+        table = pq.ParquetFile(path).read()
+        pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"schema_version": b"99"}), path)
+    with pytest.raises(StoreError, match="schema version 99"):
+        evaluate(Linear(), samples.take(range(5, 12)), THREAT, [Shift()], store=tmp_path)
+
+
 def test_files_about_other_samples_of_a_block_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples, real, seen = two_blocks(COUNT), store_module.read_rows, []
     for part in (samples.take(range(5)), samples.take(range(5, 12)), samples.take(range(12, COUNT))):
