@@ -187,11 +187,14 @@ def _refuted(records: pd.DataFrame) -> list[Contradiction]:
 def _other_model(records: pd.DataFrame) -> list[Contradiction]:
     """Find deterministic certifiers that verified another answer than the deployed model gives."""
     on, sure = [*_MODEL, "seed", "precision", *SAMPLE], _true(records["certificate"] == "deterministic")
-    verified = sure & _true(records["status"] == "verified")
+    verified, asked = sure & _true(records["status"] == "verified"), _true(records["kind"] == "clean")
+    wrong = ~_true(records["correct"]) & (verified | asked)  # of two answers that differ, one is no label
+    few = np.isin(records["index"], records["index"][wrong])
+    verified, asked = verified & few, asked & few
     if not verified.any():
         return []
     proofs = records.loc[verified, [*GROUP, *SAMPLE, "defense", "method", "prediction"]]
-    clean = records.loc[_true(records["kind"] == "clean"), [*on, "prediction", "margin"]]
+    clean = records.loc[asked, [*on, "prediction", "margin"]]
     both = proofs.merge(clean, on=on, suffixes=("", "_w"))
     both = both[_true(both["prediction"] != both["prediction_w"]) & (both["margin"].abs() > TIE).to_numpy()]
     found: list[Contradiction] = []

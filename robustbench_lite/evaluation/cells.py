@@ -128,15 +128,19 @@ class Cell:
             "seed": self.seed,
             "precision": self.precision,
         }
-        columns: dict[str, Any] = {name: [value] * count for name, value in known.items()}
-        columns |= {"index": samples.indices, "sample_hash": samples.hashes, "label": samples.targets} | measured
-        unknown = set(columns) - set(SCHEMA.names)
+        own = {"index": samples.indices, "sample_hash": samples.hashes, "label": samples.targets} | measured
+        unknown = set(own) - set(SCHEMA.names)
         if unknown:
             raise ValueError(f"no such columns in a record: {sorted(unknown)}")
-        arrays = [pa.array(columns.get(f.name, [None] * count), type=f.type) for f in SCHEMA]
+        arrays = [
+            pa.array(own[f.name], type=f.type)
+            if f.name in own
+            else pa.repeat(pa.scalar(known.get(f.name), f.type), count)
+            for f in SCHEMA
+        ]
         return pa.Table.from_arrays(arrays, schema=SCHEMA)
 
     def renamed(self, rows: pa.Table) -> pa.Table:
         """Return stored rows under the name that the defense has today."""
         place = SCHEMA.get_field_index("defense")
-        return rows.set_column(place, SCHEMA.field(place), pa.array([self.defense] * len(rows), type=pa.string()))
+        return rows.set_column(place, SCHEMA.field(place), pa.repeat(pa.scalar(self.defense, pa.string()), len(rows)))

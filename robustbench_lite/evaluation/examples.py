@@ -48,7 +48,11 @@ class Examples:
 def by_group(rows: pa.Table, examples: Examples | None) -> Iterator[tuple[pa.Table, Examples | None]]:
     """Yield the rows and the examples that go into one file: those of each group of blocks."""
     groups = _group_of(rows.column("index").to_numpy())
-    for group in np.unique(groups).tolist():
+    numbers = np.unique(groups).tolist()
+    if len(numbers) == 1:
+        yield rows, examples
+        return
+    for group in numbers:
         own = None if examples is None else examples.take(np.flatnonzero(_group_of(examples.index) == group))
         yield rows.filter(pa.array(groups == group)), own
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from robustbench_lite.certify.errors import CannotCertify
 from robustbench_lite.core.goals import Untargeted
-from robustbench_lite.core.results import Status
+from robustbench_lite.core.results import AttackResult, Status
 from robustbench_lite.core.threats import Threat
 from robustbench_lite.evaluation.cells import Cell
 from robustbench_lite.evaluation.examples import Examples
@@ -77,16 +77,15 @@ def attack_method(subject: Subject, attack: Attack, threat: Threat, max_queries:
             )
             prediction, lead = subject.answer(result.x_adv, y)
             score = subject.suspicion(result.x_adv)
-        point = result.x_adv if result.parameters is None else result.parameters
-        inside = _inside(threat, point, result.x_adv, x)
+        inside, distance = _measured(threat, result, x)
         undecided = (lead.abs() <= TIE) & (not subject.decides) | subject.stochastic
-        success = result.success & inside & (subject.achieved(prediction, y) | undecided)
+        success = inside & (subject.achieved(prediction, y) | undecided)
         measured = {
             "prediction": _array(prediction),
             "correct": _array(prediction == y),
             "success": _array(success),
             "status": ["refuted" if lie else None for lie in (result.success & ~success).tolist()],
-            "distance": _array(torch.where(success, threat.distance(point, x), torch.inf)),
+            "distance": _array(torch.where(success, distance, torch.inf)),
             "margin": _array(lead),
             "suspicion": None if score is None else _array(score),
             "forwards": _array(result.forwards),
@@ -176,12 +175,21 @@ def sparing(method: Method, subject: Subject, clean: pa.Table) -> Method:
     return run
 
 
-def _inside(threat: Threat, point: Tensor, x_adv: Tensor, x: Tensor) -> Tensor:
-    """Return bool (B,): the point lies in the threat, and the image is the one it stands for."""
-    inside = threat.contains(point, x) & x_adv.flatten(1).isfinite().all(dim=1)
-    if point is x_adv:
-        return inside
-    return inside & ((threat.apply(x, point) - x_adv).flatten(1).abs().amax(dim=1) <= 1e-5)
+def _measured(threat: Threat, result: AttackResult, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return of what is called a success whether it lies in the threat, bool (B,), and how far, float64 (B,).
+
+    An image must be the one that its parameters stand for. The rest is outside, infinitely far.
+    """
+    claimed = result.success.nonzero().flatten()
+    threat = threat.take(claimed)
+    x_adv, x = result.x_adv[claimed], x[claimed]
+    point = x_adv if result.parameters is None else result.parameters[claimed]
+    sound = threat.contains(point, x) & x_adv.flatten(1).isfinite().all(dim=1)
+    if result.parameters is not None:
+        sound &= (threat.apply(x, point) - x_adv).flatten(1).abs().amax(dim=1) <= 1e-5
+    inside = torch.zeros_like(result.success).index_put((claimed,), sound)
+    far = torch.full(inside.shape, torch.inf, dtype=torch.float64, device=x.device)
+    return inside, far.index_put((claimed,), threat.distance(point, x))
 
 
 def _examples(part: Samples, claimed: Tensor, x_adv: Tensor, parameters: Tensor | None) -> Examples:

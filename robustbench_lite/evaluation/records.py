@@ -78,6 +78,8 @@ COLUMNS = (
 
 SCHEMA = pa.schema([pa.field(column.name, column.type, nullable=not column.always) for column in COLUMNS])
 
+_EMPTY = SCHEMA.empty_table()
+
 _DTYPES: dict[Any, Any] = {  # the same whether or not a column has nulls, and under every pandas
     _TEXT: pd.StringDtype("pyarrow"),
     _WHOLE: pd.Int64Dtype(),
@@ -94,4 +96,4 @@ def to_frame(table: pa.Table) -> pd.DataFrame:
 
 def empty_records() -> pa.Table:
     """Return a table of records without rows."""
-    return SCHEMA.empty_table()
+    return _EMPTY
