@@ -1,11 +1,12 @@
 """Deep k-nearest neighbours: what its credibility tells apart, and what its own attack leaves of it.
 
-The net's own adversarial examples (FGSM at linf 0.25, Carlini and Wagner's l2), and those of `DeepKNNAttack` on the
-defense: the nearest that it accepts at its threshold, and the nearest that are as credible as half of the clean
-calibration images (a threshold with a false-positive rate of 50 %). One line a kind of input: accuracy of the net;
-accuracy of the neighbours; share of inputs that are wrong and accepted at the rate of 5 %; then, of the successes alone
-(a failure leaves the clean image), their number; mean credibility; ROC-AUC of the credibility, clean against these;
-mean l2 distance, and the same over that of Carlini and Wagner's examples, where both succeed.
+The net's own adversarial examples (FGSM at linf 0.25, Carlini and Wagner's l2: the nearest, and the nearest that lead
+by 10 logits), and those of `DeepKNNAttack` on the defense: the nearest that it accepts at its threshold, and the
+nearest that are as credible as half of the clean calibration images (a threshold with a false-positive rate of 50 %).
+One line a kind of input: accuracy of the net; accuracy of the neighbours; share of inputs that are wrong and accepted
+at the rate of 5 %; then, of the successes alone (a failure leaves the clean image), their number; mean credibility;
+ROC-AUC of the credibility, clean against these; mean l2 distance, and the same over that of Carlini and Wagner's
+examples, where both succeed.
 
     RBL_DATA=... python benchmarks/deep_knn.py --data digits --k 25 --calibration 100
     RBL_DATA=... python benchmarks/deep_knn.py --data mnist --references 20000
@@ -33,8 +34,16 @@ from robustbench_lite.data import load_data
 from robustbench_lite.defenses import DeepKNN
 from robustbench_lite.zoo import load_defense
 
-CARLINI_WAGNER = FoolboxAttack(
-    "L2CarliniWagnerAttack", binary_search_steps=6, steps=300, stepsize=0.02, initial_const=1.0
+CARLINI_WAGNER, CONFIDENT = (
+    FoolboxAttack(
+        "L2CarliniWagnerAttack",
+        binary_search_steps=6,
+        steps=300,
+        stepsize=0.02,
+        initial_const=1.0,
+        confidence=confidence,
+    )
+    for confidence in (0.0, 10.0)
 )
 UNLIMITED = Lp("l2", None)
 COLUMNS = ("input", "net %", "neighbours %", "fooled %", "successes", "credibility", "AUC", "l2", "/ C&W", "s")
@@ -71,6 +80,7 @@ def examples(defense: DeepKNN, x: Tensor, y: Tensor, options: argparse.Namespace
 
     add("FGSM linf 0.25", lambda: FGSM()(defense.net, x, y, Lp("linf", 0.25), stop="never"))
     add("C&W l2", lambda: CARLINI_WAGNER(defense.net, x, y, UNLIMITED))
+    add("C&W l2, confident", lambda: CONFIDENT(defense.net, x, y, UNLIMITED))
     for name, rate in (("DeepKNNAttack, accepted", 0.05), ("DeepKNNAttack, as credible", 0.5)):
         defense.calibrate(held_out, rate)
         add(name, lambda: attack(defense, x, y, UNLIMITED))
