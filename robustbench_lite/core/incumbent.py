@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from robustbench_lite.core.checks import version_of
+from robustbench_lite.core.rows import put
 from robustbench_lite.core.threats import Threat
 
 __all__ = ["UNKNOWN", "Incumbent"]
@@ -125,7 +126,7 @@ class Incumbent:
             chosen = better.nonzero().flatten()
             if chosen.numel() < rows.numel():
                 rows, points = rows[chosen], points.index_select(0, chosen)
-            self.points.index_copy_(0, rows, points)
+            put(self.points, rows, points)
         else:  # without a wait for the GPU
             shape = (-1,) + (1,) * (points.ndim - 1)
             self.points[rows] = torch.where(better.reshape(shape), points, self.points[rows])

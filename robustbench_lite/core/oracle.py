@@ -23,6 +23,7 @@ from robustbench_lite.core.checks import (
     explain_mismatch,
     version_of,
 )
+from robustbench_lite.core.convolutions import image_gradients
 from robustbench_lite.core.errors import NotApplicableError
 from robustbench_lite.core.goals import Goal
 from robustbench_lite.core.incumbent import UNKNOWN, Incumbent
@@ -466,10 +467,11 @@ class Oracle:
         images = images if transform is None else transform(images, part)
         version = version_of(images)
         if through is not None:
-            with frozen(through):
+            with frozen(through), image_gradients(images):
                 return _checked_values(through(images), images, version)
         try:
-            logits = model(images)
+            with image_gradients(images):
+                logits = model(images)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

