@@ -88,7 +88,6 @@ class Square(Attack):
         moves = MOVES[threat.norm](oracle.x[rows], threat.take(rows), streams.take(rows))
         oracle.scores(moves.points, rows, loss)
         value = oracle.losses.nan_to_num(nan=-torch.inf)
-        sides = [moves.side(self.share(step)) for step in range(self.queries - 1)]
         for step in range(self.queries - 1):
             if step % oracle.compact_every == 0:
                 keep = oracle.still(rows, oracle.scores_cost)
@@ -98,7 +97,7 @@ class Square(Attack):
                     rows, value = rows[keep], value[keep]
                     moves = moves.take(keep)
             if step % BLOCK == 0:
-                ahead = sides[step : step + BLOCK]
+                ahead = [moves.side(self.share(at)) for at in range(step, min(step + BLOCK, self.queries - 1))]
                 moves.plan(ahead, streams.take(rows).uniform(BLOCK, moves.draws)[:, : len(ahead)])
             changed = moves.change(step % BLOCK)
             oracle.scores(changed, rows, loss)
