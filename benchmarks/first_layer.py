@@ -43,7 +43,7 @@ def main() -> None:
     for batch, channels, side, filters, kernel, stride, padding in SHAPES:
         net = nn.Conv2d(channels, filters, kernel, stride, padding).requires_grad_(False)
         x = torch.rand(batch, channels, side, side).requires_grad_()
-        theirs, ours = net(x), None
+        theirs = net(x)
         with image_gradients(x):
             ours = net(x)
         weights = torch.randn_like(theirs)

@@ -189,7 +189,7 @@ def _measured(threat: Threat, result: AttackResult, x: Tensor) -> tuple[Tensor, 
         sound &= (threat.apply(x, point) - x_adv).flatten(1).abs().amax(dim=1) <= 1e-5
     inside = torch.zeros_like(result.success).index_put((claimed,), sound)
     far = torch.full(inside.shape, torch.inf, dtype=torch.float64, device=x.device)
-    return inside, far.index_put((claimed,), threat.distance(point, x))
+    return inside, far.index_put((claimed,), threat.distance(point, x).double())
 
 
 def _examples(part: Samples, claimed: Tensor, x_adv: Tensor, parameters: Tensor | None) -> Examples:

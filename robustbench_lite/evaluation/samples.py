@@ -70,10 +70,8 @@ class Samples:
         return len(self.hashes)
 
     def take(self, rows: np.ndarray[Any, Any]) -> Samples:
-        """Return these rows, in this order: int64 positions, or a boolean mask."""
+        """Return a copy of these rows, in this order: int64 positions, or a boolean mask."""
         places = np.flatnonzero(rows) if rows.dtype == bool else rows
-        if np.array_equal(places, np.arange(len(self))):
-            return self
         chosen = torch.from_numpy(places)
         return Samples(
             self.name,

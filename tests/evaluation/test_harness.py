@@ -542,3 +542,25 @@ def test_smoothing_says_nothing_about_a_net_without_noise() -> None:
     assert report.records["kind"].unique().tolist() == ["clean"]
     (found,) = report.not_applicable
     assert "RandomizedSmoothing" in found.method and "smoothed classifier" in found.reason
+
+
+@dataclass(frozen=True)
+class Careless(Attack):
+    """Writes into the images that it was given."""
+
+    def supports(self, threat: Any) -> bool:
+        return True
+
+    def run(self, oracle: Any, x: Tensor, goal: Any, threat: Any, streams: Any) -> Tensor:
+        return x.mul_(0.5)
+
+
+def test_an_attack_that_writes_into_its_images_spoils_neither_the_data_nor_other_rows() -> None:
+    x, y = linear_data()
+    before, attack, threat = x.clone(), PGD(steps=2), Lp("linf", 0.05)
+    alone = evaluate(Linear(), (x.clone(), y), threat, [attack]).records
+    after = evaluate(Linear(), (x, y), threat, [Careless(), attack]).records
+    own, other = (rows[rows["method"] == "PGD(steps=2)"] for rows in (alone, after))
+    assert torch.equal(x, before)
+    assert len(own) == len(x)
+    assert own["success"].tolist() == other["success"].tolist()
