@@ -213,7 +213,7 @@ def test_attacks_use_it_and_leave_the_parameters_as_they_were(taken: Taken) -> N
     x = torch.rand(8, 3, 8, 8)
     with torch.no_grad():
         y = net(x).argmax(dim=1)
-    PGD(steps=3)(net, x, y, Lp("linf", 0.001))
+    PGD(steps=3)(net, x, y, Lp("linf", 0.001), stop="never")
     assert taken.count == 3
     assert all(p.requires_grad and p.grad is None for p in net.parameters())
 
@@ -232,4 +232,4 @@ def test_a_net_with_checkpoints_can_be_attacked() -> None:
     net, x = Saving().eval(), torch.rand(8, 3, 8, 8)
     with torch.no_grad():
         y = net(x).argmax(dim=1)
-    assert int(PGD(steps=3)(net, x, y, Lp("linf", 0.001)).backwards.sum()) == 24
+    assert int(PGD(steps=3)(net, x, y, Lp("linf", 0.001), stop="never").backwards.sum()) == 24
