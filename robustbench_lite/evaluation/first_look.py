@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from robustbench_lite.core.checks import check_labels, check_logits, explain_mismatch
+from robustbench_lite.core.convolutions import image_gradients
 from robustbench_lite.core.goals import Untargeted
 from robustbench_lite.core.losses import margin
 from robustbench_lite.core.models import Model, frozen
@@ -43,9 +44,8 @@ def first_look(subject: Subject, samples: Samples, seed: int, count: int = LOOKE
         if highest >= first.shape[1]:
             raise ValueError(f"the model returns {first.shape[1]} logits but the data have labels up to {highest}")
         check_labels(samples.y, samples.x, first.shape[1])
-        dead = zero_gradients(margin_gradients(subject, x, y)) or zero_gradients(
-            _gradients(subject, x, lambda logits: cross_entropy(logits, y, reduction="sum")), "cross-entropy"
-        )
+        slopes = _gradients(subject, x, _margin(y), lambda logits: cross_entropy(logits, y, reduction="sum"))
+        dead = zero_gradients(slopes[0]) or zero_gradients(slopes[1], "cross-entropy")
     found = [probabilities(first), randomised(first, second, subject.stochastic), dead]
     return [flag for flag in found if flag is not None]
 
@@ -55,7 +55,11 @@ def margin_gradients(subject: Subject, x: Tensor, y: Tensor) -> Tensor:
 
     Zeros where there is none, NaN where it cannot be computed.
     """
-    return _gradients(subject, x, lambda logits: margin(logits, Untargeted(y)).sum())
+    return _gradients(subject, x, _margin(y))[0]
+
+
+def _margin(y: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda logits: margin(logits, Untargeted(y)).sum()
 
 
 def _ask(model: Model, x: Tensor) -> Tensor:
@@ -72,17 +76,23 @@ def _ask(model: Model, x: Tensor) -> Tensor:
         raise EvaluationError(f"{kind} failed on images of shape {shape}: {type(error).__name__}: {error}") from error
 
 
-def _gradients(subject: Subject, x: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+def _gradients(subject: Subject, x: Tensor, *losses: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Return the gradients (B, C, H, W) of losses of the logits, from one forward pass."""
     leaf = x.clone().requires_grad_()
     with torch.enable_grad(), frozen(subject.model, subject.view):
-        value = loss(_ask(subject.model if subject.view is None else subject.view, leaf))
-        if not value.requires_grad:
-            return torch.zeros_like(x)
-        try:
-            (slope,) = torch.autograd.grad(value, leaf, allow_unused=True)
-        except RuntimeError as error:
-            if ran_out(error):
-                raise
-            # an operation without a derivative: the flag says so
-            return torch.full_like(x, torch.nan)
-    return torch.zeros_like(x) if slope is None else slope
+        with image_gradients(leaf):
+            logits = _ask(subject.model if subject.view is None else subject.view, leaf)
+        return [_slope(loss(logits), leaf) for loss in losses]
+
+
+def _slope(value: Tensor, leaf: Tensor) -> Tensor:
+    if not value.requires_grad:
+        return torch.zeros_like(leaf)
+    try:
+        (slope,) = torch.autograd.grad(value, leaf, allow_unused=True, retain_graph=True)
+    except RuntimeError as error:
+        if ran_out(error):
+            raise
+        # an operation without a derivative: the flag says so
+        return torch.full_like(leaf, torch.nan)
+    return torch.zeros_like(leaf) if slope is None else slope

@@ -91,16 +91,19 @@ class Ledger:
             return empty_records()
         kept = [] if self.store is None else [self.store.rows(task.cell, part.indices)]
         stored = pa.concat_tables([empty_records(), *kept, *self._held.get((key, unit), [])])
-        known = set(sample_keys(stored))
-        missing = np.array([place for place, name in enumerate(_keys(part)) if name not in known], dtype=np.int64)
+        wanted, known = _keys(part), set(sample_keys(stored))
+        missing = np.array([place for place, name in enumerate(wanted) if name not in known], dtype=np.int64)
         if len(missing):
             self.purse.learn(key, stored.filter(pa.array(np.isin(stored.column("index").to_numpy(), part.indices))))
             try:
-                stored = pa.concat_tables([stored, *self._compute(task, part.take(missing), clean)])
+                left = part.take(missing) if len(missing) < len(part) else part  # each batch is a copy in any case
+                stored = pa.concat_tables([stored, *self._compute(task, left, clean)])
             except NotApplicableError as error:
                 self.refused[key] = str(error)
                 return empty_records()
-        held, wanted = sample_keys(stored), _keys(part)
+        if not known and np.array_equal(stored.column("index").to_numpy(), part.indices):
+            return stored  # all is new, and in order
+        held = sample_keys(stored)
         if held == wanted:
             return stored
         places = {name: place for place, name in enumerate(held)}

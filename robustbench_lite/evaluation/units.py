@@ -47,7 +47,8 @@ class Unit:
         self._ledger, self._audit = ledger, audit
         self._clean, self._seed = ledger.fetch(tasks[0], part), tasks[0].cell.seed
         self.tables = {task.cell.key: empty_records() for task in tasks} | {tasks[0].cell.key: self._clean}
-        self._answered = part.take(np.isin(part.indices, self._clean.column("index").to_numpy()))
+        answered = np.isin(part.indices, self._clean.column("index").to_numpy())
+        self._answered = part if answered.all() else part.take(answered)
         self._cascades: dict[int, Cascade] = {}
 
     def run(self, task: Task) -> None:
