@@ -25,7 +25,6 @@ from robustbench_lite.evaluation.specs import canonical
 
 __all__ = ["BLOCK", "BLOCKS_PER_FILE", "Cell", "SampleNames", "block_of", "sample_keys"]
 
-_COLUMNS = [(field.name, field.type) for field in SCHEMA]
 BLOCK = 500  # dataset indices: the names of files say of which blocks they hold rows
 BLOCKS_PER_FILE = 20  # at most: 10,000 rows, so that a damaged file costs no more than that
 
@@ -130,16 +129,14 @@ class Cell:
             "precision": self.precision,
         }
         own = {"index": samples.indices, "sample_hash": samples.hashes, "label": samples.targets} | measured
-        unknown = set(own) - set(dict(_COLUMNS))
+        unknown = set(own) - set(SCHEMA.names)
         if unknown:
             raise ValueError(f"no such columns in a record: {sorted(unknown)}")
         arrays = [
-            pa.array(own[name], type=kind)
-            if name in own
-            else pa.nulls(count, kind)
-            if known.get(name) is None
-            else pa.repeat(pa.scalar(known[name], kind), count)
-            for name, kind in _COLUMNS
+            pa.array(own[column.name], type=column.type)
+            if column.name in own
+            else pa.repeat(pa.scalar(known.get(column.name), column.type), count)
+            for column in SCHEMA
         ]
         return pa.Table.from_arrays(arrays, schema=SCHEMA)
 
