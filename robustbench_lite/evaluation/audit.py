@@ -104,7 +104,8 @@ def _pairs(records: pd.DataFrame) -> pd.DataFrame:
     kinds = records["kind"].to_numpy()
     right, won = _true(records["correct"]), _true(records["success"])
     against = ((kinds == "attack") & won) | ((kinds == "clean") & ~right)
-    claimed = _claims(records) & np.isin(records["index"], records["index"][against])  # few: the rest costs time alone
+    index = records["index"].to_numpy()
+    claimed = _claims(records) & np.isin(index, index[against])  # few: the rest costs time alone
     if not claimed.any():
         return records.iloc[:0]
     records = records.assign(row=np.arange(len(records)))
@@ -170,9 +171,8 @@ def _probabilistic(records: pd.DataFrame, broken: pd.DataFrame) -> list[tuple[bo
 
 
 def _refuted(records: pd.DataFrame) -> list[Contradiction]:
-    rows = records[_true(records["status"] == "refuted")]
-    found = []
-    for row in _rows(rows):
+    refuted, found = _true(records["status"] == "refuted"), []
+    for row in _rows(records[refuted]) if refuted.any() else ():
         evidence = (
             f"{row['dataset']} {row['index']} (label {row['label']}): {row['method']} claims success, "
             f"but its input is not in {row['threat']}, or the model answers {row['prediction']} there "
@@ -189,7 +189,8 @@ def _other_model(records: pd.DataFrame) -> list[Contradiction]:
     on, sure = [*_MODEL, "seed", "precision", *SAMPLE], _true(records["certificate"] == "deterministic")
     verified, asked = sure & _true(records["status"] == "verified"), _true(records["kind"] == "clean")
     wrong = ~_true(records["correct"]) & (verified | asked)  # of two answers that differ, one is no label
-    few = np.isin(records["index"], records["index"][wrong])
+    index = records["index"].to_numpy()
+    few = np.isin(index, index[wrong])
     verified, asked = verified & few, asked & few
     if not verified.any():
         return []

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -108,7 +109,7 @@ class Cell:
             "settings": self.settings,
         }
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The name of the cell's directory: 24 hex digits over the identity."""
         return hashlib.sha256(canonical(self.identity).encode()).hexdigest()[:24]
@@ -135,7 +136,9 @@ class Cell:
         arrays = [
             pa.array(own[column.name], type=column.type)
             if column.name in own
-            else pa.repeat(pa.scalar(known.get(column.name), column.type), count)
+            else pa.nulls(count, column.type)
+            if known.get(column.name) is None
+            else pa.repeat(pa.scalar(known[column.name], column.type), count)
             for column in SCHEMA
         ]
         return pa.Table.from_arrays(arrays, schema=SCHEMA)

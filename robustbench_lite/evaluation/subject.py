@@ -19,7 +19,16 @@ from robustbench_lite.core.checks import check_logits
 from robustbench_lite.core.goals import Untargeted
 from robustbench_lite.core.insides import Rejecting
 from robustbench_lite.core.losses import margin
-from robustbench_lite.core.models import INVALID, Model, frozen, is_stochastic, labels_of, predict, rejects
+from robustbench_lite.core.models import (
+    INVALID,
+    Model,
+    frozen,
+    is_stochastic,
+    labels_of,
+    own_predict,
+    predict,
+    rejects,
+)
 from robustbench_lite.evaluation.fingerprint import fingerprint
 from robustbench_lite.evaluation.records import TIE
 from robustbench_lite.evaluation.samples import Samples
@@ -85,7 +94,7 @@ class Subject:
     @property
     def decides(self) -> bool:
         """Whether the model's own `predict` decides, rather than its largest logit."""
-        return callable(getattr(self.model, "predict", None))
+        return own_predict(self.model) is not None
 
     def images(self, x: Tensor) -> Tensor:
         """Return images on the model's device and in its precision."""
