@@ -6,7 +6,6 @@ deployed model alone. An attack that lies, overspends or leaves the threat can t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from enum import IntEnum
@@ -38,6 +37,7 @@ from robustbench_lite.core.models import (
     labels_of,
     own_predict,
     rejects,
+    surely_finite,
 )
 from robustbench_lite.core.threats import Threat
 
@@ -377,9 +377,9 @@ class Oracle:
         if self.measure is not None:
             value = self._loss(self.measure)(logits, self._goal(rows))
         if not self._screens or not decide:
-            labels = _answers(logits) if decide else self._predict(points, rows)
+            labels = labels_of(logits) if decide else self._predict(points, rows)
             return self._judge(points, rows, labels, value)
-        apparent = self._goal(rows).achieved(_answers(logits), self.rejects)
+        apparent = self._goal(rows).achieved(labels_of(logits), self.rejects)
         success = self._confirm(points, rows, apparent, VOTES if self.stochastic else (1,))
         return self._record(points, rows, success, value)
 
@@ -419,7 +419,7 @@ class Oracle:
     def _predict(self, points: Tensor, rows: Tensor) -> Tensor:
         def ask(part: slice) -> tuple[Tensor, ...]:
             if self._own_predict is None:
-                return (_answers(self._logits(self._model, points[part], rows[part])),)
+                return (labels_of(self._logits(self._model, points[part], rows[part])),)
             images = self._image(points[part], rows[part])
             version = version_of(images)
             labels = self._own_predict(images)
@@ -509,19 +509,9 @@ def _checked_values(values: Tensor, images: Tensor, version: int | None) -> Tens
     return values
 
 
-def _answers(logits: Tensor) -> Tensor:
-    """Return `labels_of(logits)`; on a CPU rows are looked at only where their sum is not finite."""
-    return logits.argmax(dim=1) if _all_finite(logits) else labels_of(logits)
-
-
 def _finite(slope: Tensor) -> Tensor:
     """Return the slope with 0 for what is not finite."""
-    return slope if _all_finite(slope) else slope.nan_to_num(0.0, 0.0, 0.0)
-
-
-def _all_finite(values: Tensor) -> bool:
-    """Say whether all values surely are finite; never on a GPU, where that would be to wait."""
-    return values.device.type == "cpu" and math.isfinite(values.detach().sum().item())
+    return slope if surely_finite(slope) else slope.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _input_gradient(

@@ -94,7 +94,8 @@ class Ledger:
         wanted, known = _keys(part), set(sample_keys(stored))
         missing = np.array([place for place, name in enumerate(wanted) if name not in known], dtype=np.int64)
         if len(missing):
-            self.purse.learn(key, stored.filter(pa.array(np.isin(stored.column("index").to_numpy(), part.indices))))
+            if len(stored):
+                self.purse.learn(key, stored.filter(pa.array(np.isin(stored.column("index").to_numpy(), part.indices))))
             try:
                 left = part.take(missing) if len(missing) < len(part) else part  # each batch is a copy in any case
                 stored = pa.concat_tables([stored, *self._compute(task, left, clean)])

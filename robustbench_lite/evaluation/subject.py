@@ -20,7 +20,6 @@ from robustbench_lite.core.goals import Untargeted
 from robustbench_lite.core.insides import Rejecting
 from robustbench_lite.core.losses import margin
 from robustbench_lite.core.models import (
-    INVALID,
     Model,
     frozen,
     is_stochastic,
@@ -28,6 +27,7 @@ from robustbench_lite.core.models import (
     own_predict,
     predict,
     rejects,
+    surely_finite,
 )
 from robustbench_lite.evaluation.fingerprint import fingerprint
 from robustbench_lite.evaluation.records import TIE
@@ -194,7 +194,7 @@ def _mixed(seed: int, part: Samples) -> int:
 
 def _lead(logits: Tensor, y: Tensor) -> Tensor:
     lead = -margin(logits, Untargeted(y)).double()
-    return torch.where(labels_of(logits) == INVALID, -torch.inf, lead)
+    return lead if surely_finite(logits) else torch.where(logits.isfinite().all(dim=1), lead, -torch.inf)
 
 
 def _refuse_train_mode(model: Any) -> None:

@@ -14,6 +14,7 @@ from robustbench_lite.core.goals import Goal
 from robustbench_lite.core.oracle import Oracle
 from robustbench_lite.core.rng import Streams
 from robustbench_lite.core.threats import Lp, Threat
+from robustbench_lite.defenses.base import Wrapper
 from robustbench_lite.evaluation import evaluate
 from robustbench_lite.evaluation.subject import Subject
 from tests.defenses.contract_cases import blobs, fitted
@@ -113,3 +114,29 @@ def test_attacks_meet_other_draws_in_each_batch_too() -> None:
 def test_nothing_changes_for_a_model_that_is_not_stochastic() -> None:
     torch.manual_seed(3)
     assert drawn(stochastic=False, seed=3) == [float(torch.rand(()))] * 4
+
+
+class Masked(Wrapper):
+    """Answers by its largest logit, as wrappers do, and counts the images that it is asked about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.asked = Linear(), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.asked += len(x)
+        logits: Tensor = self.net(x)
+        return logits
+
+    def attack_view(self, samples: int = 1) -> nn.Module:
+        return self.net
+
+
+def test_a_wrapper_that_answers_by_its_largest_logit_is_asked_once() -> None:
+    model, data = Masked(), two_blocks(20)
+    subject = Subject.of(model, None, "cpu", "auto")
+    labels, _ = subject.answer(data.images, data.labels)
+    assert model.asked == len(data)
+    assert torch.equal(labels, Linear()(data.images).argmax(dim=1))
+    records = evaluate(model, data, THREAT, device="cpu", adaptive=False).records
+    assert set(records["forwards"]) == {1}
