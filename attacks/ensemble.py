@@ -158,5 +158,5 @@ class _MeanLossOracle(Oracle):
 
         return self._own(logits), pull_combined
 
-    def _scores(self, points: Tensor, rows: Tensor, loss: Loss, aim: Goal | None, candidate: bool) -> Tensor:
-        return self._own(super()._scores(points, rows, self._loss(loss), aim, candidate))
+    def _scores(self, points: Tensor, rows: Tensor, loss: Loss, *args: Any, **more: Any) -> Tensor:
+        return self._own(super()._scores(points, rows, self._loss(loss), *args, **more))

@@ -87,20 +87,21 @@ class Square(Attack):
             return
         moves = MOVES[threat.norm](oracle.x[rows], threat.take(rows), streams.take(rows))
         oracle.scores(moves.points, rows, loss)
-        value = oracle.losses.nan_to_num(nan=-torch.inf)
+        value, rank = oracle.losses.nan_to_num(nan=-torch.inf), oracle.ranks
         for step in range(self.queries - 1):
             if step % oracle.compact_every == 0:
                 keep = oracle.still(rows, oracle.scores_cost)
+                if keep.numel() < rows.numel():
+                    oracle.keep(moves.points, rows, rank)
+                    rows, value, rank, moves = rows[keep], value[keep], rank[keep], moves.take(keep)
                 if keep.numel() == 0:
                     return
-                if keep.numel() < rows.numel():
-                    rows, value = rows[keep], value[keep]
-                    moves = moves.take(keep)
             if step % BLOCK == 0:
                 ahead = [moves.side(self.share(at)) for at in range(step, min(step + BLOCK, self.queries - 1))]
                 moves.plan(ahead, streams.take(rows).uniform(BLOCK, moves.draws)[:, : len(ahead)])
             changed = moves.change(step % BLOCK)
-            oracle.scores(changed, rows, loss)
+            oracle.scores(changed, rows, loss, failures=False)
             better = oracle.losses > value
-            value = torch.where(better, oracle.losses, value)
+            value, rank = torch.where(better, oracle.losses, value), torch.where(better, oracle.ranks, rank)
             moves.settle(better)
+        oracle.keep(moves.points, rows, rank)

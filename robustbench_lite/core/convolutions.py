@@ -31,7 +31,8 @@ VALUES = 1 << 20  # in patches at a time: 4 MiB stay in the cache, whatever the 
 
 def image_gradients(images: Tensor) -> AbstractContextManager[object]:
     """Return a context in which a net's convolutions of few channels, if frozen, have the faster gradient."""
-    return _ImageGradients() if images.device.type == "cpu" else nullcontext()
+    asked = images.device.type == "cpu" and torch.is_grad_enabled()  # each operation inside takes a little longer
+    return _ImageGradients() if asked else nullcontext()
 
 
 class _ImageGradients(TorchFunctionMode):

@@ -48,7 +48,13 @@ class Incumbent:
         self._success_bar = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
 
     def offer(
-        self, points: Tensor, rows: Tensor, success: Tensor, value: Tensor, spent: Callable[[Tensor], Tensor]
+        self,
+        points: Tensor,
+        rows: Tensor,
+        success: Tensor,
+        value: Tensor,
+        spent: Callable[[Tensor], Tensor],
+        failures: bool = True,
     ) -> None:
         """Take in points (n, ...) of `rows`, and whether each succeeds and its loss, both (n,).
 
@@ -60,11 +66,16 @@ class Incumbent:
             success: bool (n,).
             value: the losses (n,), in any floating dtype.
             spent: rows to the forward passes spent on them so far.
+            failures: whether points that do not succeed are taken in.
         """
+        won = None if self._on_cpu and not bool(success.any()) else success  # a GPU is not waited for
+        if not failures:
+            if won is None:
+                return
+            value = torch.where(success, value, torch.nan)
         if self._minimise:
             x, threat = self._part(rows)
             value = torch.where(success, -threat.distance(points, x), value.double())
-        won = None if self._on_cpu and not bool(success.any()) else success  # a GPU is not waited for
         wanted: Tensor | None = self._wanted(rows, won, value)
         if self._on_cpu:  # a closer look at those alone that may be kept
             chosen = cast(Tensor, wanted).nonzero().flatten()

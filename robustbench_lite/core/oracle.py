@@ -98,6 +98,7 @@ class Oracle:
         rejects: whether the model declares that it may refuse an input, which is no success.
         verdict: bool (n,) which candidates of the last question fooled the deployed model, inside the threat or not.
         losses: (n,) the loss of the candidates of the last question of `scores` or `gradient`.
+        ranks: (n,) what ranks them where they fail: the loss, or the measure if there is one.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class Oracle:
         self.found = Incumbent(x, threat, keep_first=stop == "success")
         self.measure: Loss | None = None
         self.verdict = torch.zeros(0, dtype=torch.bool, device=x.device)
-        self.losses = torch.zeros(0, dtype=x.dtype, device=x.device)
+        self.losses = self.ranks = torch.zeros(0, dtype=x.dtype, device=x.device)
         self._ledger = Ledger(len(x), x.device)
         self._everyone: tuple[Tensor, int | None, int, Tensor] | None = None
         self._aimed: tuple[Tensor, int | None, Goal] | None = None
@@ -296,19 +297,31 @@ class Oracle:
         return self._memory.ask(ask, rows.numel(), graph=True)[0].nan_to_num(0.0, 0.0, 0.0)
 
     def scores(
-        self, points: Tensor, rows: Tensor, loss: Loss = margin, aim: Goal | None = None, *, candidate: bool = True
+        self,
+        points: Tensor,
+        rows: Tensor,
+        loss: Loss = margin,
+        aim: Goal | None = None,
+        *,
+        candidate: bool = True,
+        failures: bool = True,
     ) -> Tensor:
         """Return the deployed model's logits (n, K) at `points`; `scores_cost` forward passes for candidates, else one.
 
         A view that screens answers in the model's place. `loss` (and `aim`, as in `gradient`) says how good a candidate
-        is that does not succeed.
+        is that does not succeed. Without `failures` such candidates are not noted: a search that never goes back holds
+        its best ones itself, and gives them to `keep` in the end, which is less work.
 
         Raises:
             AccessDeniedError: the access level is below SCORES.
             OutOfBudgetError: a row cannot pay.
         """
         self._require(Access.SCORES)
-        return self._scores(points, rows, loss, aim, candidate)
+        return self._scores(points, rows, loss, aim, candidate, failures)
+
+    def keep(self, points: Tensor, rows: Tensor, ranks: Tensor) -> None:
+        """Take in candidates (n, ...) that have failed, each with its rank (n,) in the question about it; no pass."""
+        self.found.offer(points, rows, torch.zeros_like(rows, dtype=torch.bool), ranks, self._spent)
 
     def topk(self, points: Tensor, rows: Tensor, k: int, *, candidate: bool = True) -> tuple[Tensor, Tensor]:
         """Return the k largest probabilities, float64, and their classes, in descending order; costs as `scores`.
@@ -361,41 +374,48 @@ class Oracle:
     def _constant(rows: Tensor, value: float) -> Tensor:
         return torch.full((len(rows),), value, dtype=torch.float64, device=rows.device)
 
-    def _scores(self, points: Tensor, rows: Tensor, loss: Loss, aim: Goal | None, candidate: bool) -> Tensor:
+    def _scores(
+        self, points: Tensor, rows: Tensor, loss: Loss, aim: Goal | None, candidate: bool, failures: bool = True
+    ) -> Tensor:
         self._pay(rows, self.scores_cost if candidate else 1)
         with torch.no_grad():
             asked = self._view if self._screens else self._model
             (logits,) = self._memory.ask(lambda part: (self._logits(asked, points[part], rows[part]),), rows.numel())
         if candidate:
             value = loss(logits, self._goal(rows) if aim is None else aim)
-            self._offer(points, rows, value, logits, self._screens or self._own_predict is None)
+            self._offer(points, rows, value, logits, self._screens or self._own_predict is None, failures)
         return logits
 
-    def _offer(self, points: Tensor, rows: Tensor, value: Tensor, logits: Tensor, decide: bool) -> None:
+    def _offer(
+        self, points: Tensor, rows: Tensor, value: Tensor, logits: Tensor, decide: bool, failures: bool = True
+    ) -> None:
         """Judge candidates: by these logits where they `decide`, else by asking the deployed model (already paid)."""
-        self.losses = value
+        self.losses = self.ranks = value
         if self.measure is not None:
-            value = self._loss(self.measure)(logits, self._goal(rows))
+            self.ranks = self._loss(self.measure)(logits, self._goal(rows))
         if not self._screens or not decide:
             labels = labels_of(logits) if decide else self._predict(points, rows)
-            return self._judge(points, rows, labels, value)
+            return self._judge(points, rows, labels, self.ranks, failures)
         apparent = self._goal(rows).achieved(labels_of(logits), self.rejects)
         success = self._confirm(points, rows, apparent, VOTES if self.stochastic else (1,))
-        return self._record(points, rows, success, value)
+        return self._record(points, rows, success, self.ranks, failures)
 
     def _loss(self, loss: Loss) -> Loss:
         """Return the function of the model's logits that `loss` stands for."""
         return loss
 
-    def _judge(self, points: Tensor, rows: Tensor, labels: Tensor, value: Tensor) -> None:
+    def _judge(self, points: Tensor, rows: Tensor, labels: Tensor, value: Tensor, failures: bool = True) -> None:
         success = self._goal(rows).achieved(labels, self.rejects)
         if self.stochastic:
             success = self._confirm(points, rows, success, VOTES)
-        self._record(points, rows, success, value)
+        self._record(points, rows, success, value, failures)
 
-    def _record(self, points: Tensor, rows: Tensor, success: Tensor, value: Tensor) -> None:
+    def _record(self, points: Tensor, rows: Tensor, success: Tensor, value: Tensor, failures: bool) -> None:
         self.verdict = success
-        self.found.offer(points, rows, success, value, lambda chosen: self.forwards[chosen])
+        self.found.offer(points, rows, success, value, self._spent, failures)
+
+    def _spent(self, rows: Tensor) -> Tensor:
+        return self.forwards[rows]
 
     def _confirm(self, points: Tensor, rows: Tensor, success: Tensor, rounds: Sequence[int]) -> Tensor:
         """Confirm apparent successes: most answers of each round must be ones too. Who cannot pay has not fallen.
