@@ -92,7 +92,8 @@ class Square(Attack):
             if step % oracle.compact_every == 0:
                 keep = oracle.still(rows, oracle.scores_cost)
                 if keep.numel() < rows.numel():
-                    oracle.keep(moves.points, rows, rank)
+                    if oracle.max_queries is not None:  # who cannot pay leaves without having fallen
+                        oracle.keep(moves.points, rows, rank)
                     rows, value, rank, moves = rows[keep], value[keep], rank[keep], moves.take(keep)
                 if keep.numel() == 0:
                     return
