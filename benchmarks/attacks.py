@@ -4,10 +4,10 @@
     RBL_DATA=... OMP_NUM_THREADS=1 python benchmarks/attacks.py [--rows pgd,restarts,curve,apgd,square,grid,auto]
     python benchmarks/attacks.py --device cuda --wide [--fast bf16|channels_last|compile|all]
 
-Each line: the median over paired runs of peer time / our time, our milliseconds, the share of samples that still stand
-after each of the two, and McNemar's exact p-value for the difference between what the two found. Times on a CPU are
-those of the process (other work on the machine does not count), on a GPU those of CUDA events. A peer that is not
-installed is left out, and the table says so.
+Each line: the median over paired runs, each pair with a seed of its own, of peer time / our time, our milliseconds, and
+of the last pair the share of samples that still stand after each, and McNemar's exact p-value for the difference
+between what the two found. Times on a CPU are those of the process (other work on the machine does not count), on a GPU
+those of CUDA events. A peer that is not installed is left out, and the table says so.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Row:
     """One kind of work: what we run, which peers do the same, on which nets, and how many images at most."""
 
     name: str
-    ours: Callable[[Subject], Found]
+    ours: Callable[[Subject, int], Found]
     peers: tuple[str, ...]
     wanted: Callable[[Subject], bool] = lambda subject: True
     images: int = 1 << 30
@@ -55,15 +55,20 @@ class Row:
 
 def attack(
     method: Attack, threat: Callable[[Subject], Threat] = lambda s: Lp("linf", s.eps)
-) -> Callable[[Subject], Found]:
-    """Return a run of one of our attacks that gives the images it ends with."""
-    return lambda s: method(s.model, s.x, s.y, threat(s), view=s.view).x_adv
+) -> Callable[[Subject, int], Found]:
+    """Return a run of one of our attacks, by subject and seed, that gives the images it ends with."""
+    return lambda s, seed: method(s.model, s.x, s.y, threat(s), view=s.view, generator=_seeded(seed)).x_adv
 
 
-def curve(s: Subject) -> Found:
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def curve(s: Subject, seed: int) -> Found:
     """Run our security curve; a sample falls at the largest budget or before."""
     budgets = [s.eps * (i + 1) / CURVE for i in range(CURVE)]
-    found = security_curve(PGD(steps=40), s.model, s.x, s.y, Lp("linf", s.eps), eps=budgets, view=s.view)
+    threat, given = Lp("linf", s.eps), {"eps": budgets, "view": s.view, "generator": _seeded(seed)}
+    found = security_curve(PGD(steps=40), s.model, s.x, s.y, threat, **given)
     return found.success[-1]
 
 
@@ -113,8 +118,9 @@ def compare(row: Row, s: Subject, peer: str, repeat: int, device: str) -> list[s
     theirs = PEERS[peer]
     ratios, ms, found = [], [], {}
     for number in range(repeat + 1 if repeat > 1 else 1):
-        own_time, found["ours"] = timed(lambda: row.ours(s), device)
-        peer_time, found["theirs"] = timed(lambda: theirs(s), device)
+        torch.manual_seed(number)
+        own_time, found["ours"] = timed(lambda seed=number: row.ours(s, seed), device)
+        peer_time, found["theirs"] = timed(lambda seed=number: theirs(s, seed), device)
         if number or repeat == 1:
             ratios.append(peer_time / own_time)
             ms.append(1000 * own_time)

@@ -1,4 +1,7 @@
-"""The same work by other libraries, as they recommend it: each gives the images it ends with, or bool (N,)."""
+"""The same work by other libraries, as they recommend it: each gives the images it ends with, or bool (N,).
+
+A seed goes to those that take one; the others draw from the global generator.
+"""
 
 from __future__ import annotations
 
@@ -25,29 +28,29 @@ def _linf_pgd() -> foolbox.attacks.LinfPGD:
     return foolbox.attacks.LinfPGD(steps=40, rel_stepsize=2.5 / 40)
 
 
-def foolbox_pgd(s: Subject) -> Found:
+def foolbox_pgd(s: Subject, seed: int) -> Found:
     """PGD with 40 steps from a random start."""
     return _linf_pgd().run(_foolbox(s), s.x, foolbox.criteria.Misclassification(s.y), epsilon=s.eps)
 
 
-def foolbox_restarts(s: Subject) -> Found:
+def foolbox_restarts(s: Subject, seed: int) -> Found:
     """The same, five times; foolbox keeps what succeeded."""
     return _linf_pgd().repeat(5)(_foolbox(s), s.x, s.y, epsilons=s.eps)[1]
 
 
-def foolbox_curve(s: Subject) -> Found:
+def foolbox_curve(s: Subject, seed: int) -> Found:
     """PGD at eight budgets; a sample has fallen if it fell at any."""
     budgets = [s.eps * (i + 1) / 8 for i in range(8)]
     return _linf_pgd()(_foolbox(s), s.x, s.y, epsilons=budgets)[2].any(dim=0)
 
 
-def foolbox_grid(s: Subject) -> Found:
+def foolbox_grid(s: Subject, seed: int) -> Found:
     """The grid of 31 angles and 5 x 5 shifts."""
     attack = foolbox.attacks.SpatialAttack(max_translation=3, max_rotation=30, num_translations=5, num_rotations=31)
     return attack.run(_foolbox(s), s.x, foolbox.criteria.Misclassification(s.y))
 
 
-PEERS: dict[str, Callable[[Subject], Found]] = {
+PEERS: dict[str, Callable[[Subject, int], Found]] = {
     "foolbox pgd": foolbox_pgd,
     "foolbox restarts": foolbox_restarts,
     "foolbox curve": foolbox_curve,
@@ -57,17 +60,17 @@ PEERS: dict[str, Callable[[Subject], Found]] = {
 if find_spec("torchattacks"):
     import torchattacks
 
-    def torchattacks_pgd(s: Subject) -> Found:
+    def torchattacks_pgd(s: Subject, seed: int) -> Found:
         """PGD with 40 steps from a random start."""
         return torchattacks.PGD(s.model, eps=s.eps, alpha=2.5 * s.eps / 40, steps=40)(s.x, s.y)
 
-    def torchattacks_apgd(s: Subject) -> Found:
+    def torchattacks_apgd(s: Subject, seed: int) -> Found:
         """APGD with 100 steps on the cross-entropy."""
-        return torchattacks.APGD(s.model, eps=s.eps, steps=100, n_restarts=1, loss="ce", seed=0)(s.x, s.y)
+        return torchattacks.APGD(s.model, eps=s.eps, steps=100, n_restarts=1, loss="ce", seed=seed)(s.x, s.y)
 
-    def torchattacks_square(s: Subject) -> Found:
+    def torchattacks_square(s: Subject, seed: int) -> Found:
         """Square with 1,000 queries."""
-        return torchattacks.Square(s.model, eps=s.eps, n_queries=1000, n_restarts=1, loss="margin", seed=0)(s.x, s.y)
+        return torchattacks.Square(s.model, eps=s.eps, n_queries=1000, n_restarts=1, loss="margin", seed=seed)(s.x, s.y)
 
     PEERS |= {
         "torchattacks pgd": torchattacks_pgd,
@@ -78,24 +81,24 @@ if find_spec("torchattacks"):
 if find_spec("pyautoattack"):
     from pyautoattack import AutoAttack
 
-    def _pyautoattack(s: Subject, *attacks: str, queries: int | None = None) -> Found:
+    def _pyautoattack(s: Subject, seed: int, *attacks: str, queries: int | None = None) -> Found:
         kind = {"version": "custom", "attacks": list(attacks)} if attacks else {"version": "standard"}
-        judge = AutoAttack(s.model, norm="Linf", eps=s.eps, seed=0, device=s.x.device, **kind)
+        judge = AutoAttack(s.model, norm="Linf", eps=s.eps, seed=seed, device=s.x.device, **kind)
         judge.apgd.n_restarts = 1
         judge.square.n_queries = queries or judge.square.n_queries
         return judge.run_standard_evaluation(s.x, s.y, batch_size=len(s.x))[0]
 
-    def pyautoattack_apgd(s: Subject) -> Found:
+    def pyautoattack_apgd(s: Subject, seed: int) -> Found:
         """APGD with 100 steps on the cross-entropy, one run."""
-        return _pyautoattack(s, "apgd-ce")
+        return _pyautoattack(s, seed, "apgd-ce")
 
-    def pyautoattack_square(s: Subject) -> Found:
+    def pyautoattack_square(s: Subject, seed: int) -> Found:
         """Square with 1,000 queries."""
-        return _pyautoattack(s, "square", queries=1000)
+        return _pyautoattack(s, seed, "square", queries=1000)
 
-    def pyautoattack_standard(s: Subject) -> Found:
+    def pyautoattack_standard(s: Subject, seed: int) -> Found:
         """The standard ensemble."""
-        return _pyautoattack(s)
+        return _pyautoattack(s, seed)
 
     PEERS |= {
         "pyautoattack apgd": pyautoattack_apgd,
@@ -107,7 +110,7 @@ if find_spec("art"):
     from art.attacks.evasion import ProjectedGradientDescentPyTorch
     from art.estimators.classification import PyTorchClassifier
 
-    def art_pgd(s: Subject) -> Found:
+    def art_pgd(s: Subject, seed: int) -> Found:
         """PGD with 40 steps from a random start."""
         classifier = PyTorchClassifier(
             s.model,
