@@ -6,7 +6,7 @@ estimate of their distance, as in MALT: Melamed, Yehudai and Shamir 2024, "MALT 
 (2407.02240).
 Departures: MALT runs Auto-PGD with 100 steps towards 9 targets; here every sample meets two targets, and the
 cross-entropy twice, for 25 steps each, then, in l2 and l1, FAB towards four classes; only those that came close to
-falling go on, with Square at the end. FAB is there for nets trained against linf: in the other norms their gradients
+falling go on, in l2 and l1 with FAB from random starts too, and with Square at the end. FAB is there for nets trained against linf: in the other norms their gradients
 mislead Auto-PGD, at any length, and a sample that it leaves far from falling would be given up.
 
 `benchmarks/quick_auto_attack.py` prints how it compares with AutoAttack, in robust accuracy and in time.
@@ -45,6 +45,7 @@ class QuickAutoAttack(Attack):
         targets: nearest wrong classes that every sample meets.
         boundary_steps: steps of FAB towards each class, in l2 and l1.
         boundary_targets: likeliest classes that FAB heads for, one after the other.
+        boundary_restarts: random starts of FAB towards each, on those that nearly fell.
         close: go on with a sample when the margin at its best point is at most this share of the clean one.
         rounds: further runs of each kind for these samples, with one more target.
         queries: most queries of a last search without gradients (Square) on these samples; none in l1.
@@ -58,13 +59,23 @@ class QuickAutoAttack(Attack):
     targets: int = 2
     boundary_steps: int = 75
     boundary_targets: int = 4
+    boundary_restarts: int = 4
     close: float = 0.2
     rounds: int = 4
     queries: int = 2000
     candidates: int = 9
 
     def __post_init__(self) -> None:
-        for name in ("steps", "targets", "boundary_steps", "boundary_targets", "queries", "candidates"):
+        counts = (
+            "steps",
+            "targets",
+            "boundary_steps",
+            "boundary_targets",
+            "boundary_restarts",
+            "queries",
+            "candidates",
+        )
+        for name in counts:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
@@ -84,12 +95,15 @@ class QuickAutoAttack(Attack):
         everyone = torch.ones(len(x), dtype=torch.bool, device=x.device)
         clean, aims = self._aims(oracle, x, goal, ball)
         self._round(oracle, aims[: self.targets], goal, ball, streams, everyone)
+        boundary = FABT(steps=self.boundary_steps, target_classes=self.boundary_targets)
         if ball.norm != "linf":
-            boundary = FABT(steps=self.boundary_steps, target_classes=self.boundary_targets)
-            boundary.run(oracle, x, goal, threat, streams.fork(1))
+            boundary.search(oracle, oracle.standing(1), goal, ball, streams.fork(1))
         chosen = self._close(oracle, clean)
         for _ in range(self.rounds):
             self._round(oracle, aims[: self.targets + 1], goal, ball, streams, chosen)
+        if ball.norm != "linf":
+            again, rows = replace(boundary, restarts=self.boundary_restarts), oracle.standing(1)
+            again.search(oracle, rows[chosen[rows]], goal, ball, streams.fork(2), clean_start=False)
         square = Square(queries=self.queries)
         if square.supports(threat):
             rows = oracle.standing(oracle.scores_cost)
