@@ -6,8 +6,9 @@ estimate of their distance, as in MALT: Melamed, Yehudai and Shamir 2024, "MALT 
 (2407.02240).
 Departures: MALT runs Auto-PGD with 100 steps towards 9 targets; here every sample meets two targets, and the
 cross-entropy twice, for 25 steps each, then, in l2 and l1, FAB towards four classes; only those that came close to
-falling go on, in l2 and l1 with FAB from random starts too, and with Square at the end. FAB is there for nets trained against linf: in the other norms their gradients
-mislead Auto-PGD, at any length, and a sample that it leaves far from falling would be given up.
+falling go on, in l2 and l1 with FAB from random starts too, and with Square at the end. FAB is there for nets trained
+against linf: in the other norms their gradients mislead Auto-PGD, at any length, and a sample that it leaves far from
+falling would be given up.
 
 `benchmarks/quick_auto_attack.py` prints how it compares with AutoAttack, in robust accuracy and in time.
 """
@@ -45,7 +46,7 @@ class QuickAutoAttack(Attack):
         targets: nearest wrong classes that every sample meets.
         boundary_steps: steps of FAB towards each class, in l2 and l1.
         boundary_targets: likeliest classes that FAB heads for, one after the other.
-        boundary_restarts: random starts of FAB towards each, on those that nearly fell.
+        boundary_restarts: random starts of FAB towards the likeliest class, for those that nearly fell.
         close: go on with a sample when the margin at its best point is at most this share of the clean one.
         rounds: further runs of each kind for these samples, with one more target.
         queries: most queries of a last search without gradients (Square) on these samples; none in l1.
@@ -59,7 +60,7 @@ class QuickAutoAttack(Attack):
     targets: int = 2
     boundary_steps: int = 75
     boundary_targets: int = 4
-    boundary_restarts: int = 4
+    boundary_restarts: int = 3
     close: float = 0.2
     rounds: int = 4
     queries: int = 2000
@@ -102,7 +103,8 @@ class QuickAutoAttack(Attack):
         for _ in range(self.rounds):
             self._round(oracle, aims[: self.targets + 1], goal, ball, streams, chosen)
         if ball.norm != "linf":
-            again, rows = replace(boundary, restarts=self.boundary_restarts), oracle.standing(1)
+            again = replace(boundary, restarts=self.boundary_restarts, target_classes=1)
+            rows = oracle.standing(1)
             again.search(oracle, rows[chosen[rows]], goal, ball, streams.fork(2), clean_start=False)
         square = Square(queries=self.queries)
         if square.supports(threat):
