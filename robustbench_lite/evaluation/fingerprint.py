@@ -18,9 +18,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import os
 from collections.abc import Mapping
 from enum import Enum
-from functools import partial
+from functools import lru_cache, partial
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -210,7 +211,8 @@ def _described(cls: type) -> str:
 def _source(thing: Any) -> str:
     """Return the source of a class or function; where no file holds it, what its code does."""
     try:
-        return inspect.getsource(thing)
+        state = _state_of_file(thing) if isinstance(thing, type) else None
+        return inspect.getsource(thing) if state is None else _class_source(thing, state)
     except (OSError, TypeError):
         codes = (
             {k: f.__code__ for k, f in vars(thing).items() if isinstance(f, FunctionType)}
@@ -218,6 +220,22 @@ def _source(thing: Any) -> str:
             else {"": code_of(thing)}
         )
         return "\n".join(f"{key} {_code(code)}" for key, code in sorted(codes.items()) if isinstance(code, CodeType))
+
+
+@lru_cache(maxsize=1024)
+def _class_source(cls: type, state: tuple[str, int, int]) -> str:
+    """Return a class's source while its file is in this state: Python parses the whole file for each class."""
+    return inspect.getsource(cls)
+
+
+def _state_of_file(cls: type) -> tuple[str, int, int] | None:
+    """Return what changes with a class's file; None where it lies in none, as in a notebook."""
+    try:
+        path = inspect.getfile(cls)
+        seen = os.stat(path)
+    except (OSError, TypeError):
+        return None
+    return path, seen.st_mtime_ns, seen.st_size
 
 
 def _code(code: CodeType) -> str:

@@ -263,3 +263,14 @@ def test_every_process_agrees(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONHASHSEED": "1"}
     child = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, env=env)
     assert child.stdout.strip() == hidden["answer"]
+
+
+def test_a_class_whose_file_is_edited_is_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "edited_while_running.py"
+    file.write_text("from torch import nn\n\n\nclass Net(nn.Identity):\n    strength = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    net = importlib.import_module("edited_while_running").Net()
+    first = fingerprint(net)
+    assert fingerprint(net) == first
+    file.write_text(file.read_text() + "    colour = 2\n")
+    assert fingerprint(net) != first
