@@ -87,22 +87,24 @@ class Square(Attack):
             return
         moves = MOVES[threat.norm](oracle.x[rows], threat.take(rows), streams.take(rows))
         oracle.scores(moves.points, rows, loss)
-        value, rank = oracle.losses.nan_to_num(nan=-torch.inf), oracle.ranks
+        value = oracle.losses.nan_to_num(nan=-torch.inf)
+        late = oracle.measure is None or oracle.measure is loss  # then the current point is the best one to keep
         for step in range(self.queries - 1):
             if step % oracle.compact_every == 0:
                 keep = oracle.still(rows, oracle.scores_cost)
                 if keep.numel() < rows.numel():
-                    if oracle.max_queries is not None:  # who cannot pay leaves without having fallen
-                        oracle.keep(moves.points, rows, rank)
-                    rows, value, rank, moves = rows[keep], value[keep], rank[keep], moves.take(keep)
+                    if late and oracle.max_queries is not None:  # who cannot pay leaves without having fallen
+                        oracle.keep(moves.points, rows, value)
+                    rows, value, moves = rows[keep], value[keep], moves.take(keep)
                 if keep.numel() == 0:
                     return
             if step % BLOCK == 0:
                 ahead = [moves.side(self.share(at)) for at in range(step, min(step + BLOCK, self.queries - 1))]
                 moves.plan(ahead, streams.take(rows).uniform(BLOCK, moves.draws)[:, : len(ahead)])
             changed = moves.change(step % BLOCK)
-            oracle.scores(changed, rows, loss, failures=False)
+            oracle.scores(changed, rows, loss, failures=not late)
             better = oracle.losses > value
-            value, rank = torch.where(better, oracle.losses, value), torch.where(better, oracle.ranks, rank)
+            value = torch.where(better, oracle.losses, value)
             moves.settle(better)
-        oracle.keep(moves.points, rows, rank)
+        if late:
+            oracle.keep(moves.points, rows, value)

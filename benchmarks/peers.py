@@ -1,6 +1,6 @@
 """The same work by other libraries, as they recommend it: each gives the images it ends with, or bool (N,).
 
-A seed goes to those that take one; the others draw from the global generator.
+A seed goes to those that take one; the others draw from the global generators of PyTorch and NumPy.
 """
 
 from __future__ import annotations

@@ -31,10 +31,10 @@ from robustbench_lite.core.losses import Loss, margin
 from robustbench_lite.core.memory import Memory
 from robustbench_lite.core.models import (
     Model,
+    answers_of,
     forward_passes,
     frozen,
     is_stochastic,
-    labels_of,
     own_predict,
     rejects,
     surely_finite,
@@ -98,7 +98,6 @@ class Oracle:
         rejects: whether the model declares that it may refuse an input, which is no success.
         verdict: bool (n,) which candidates of the last question fooled the deployed model, inside the threat or not.
         losses: (n,) the loss of the candidates of the last question of `scores` or `gradient`.
-        ranks: (n,) what ranks them where they fail: the loss, or the measure if there is one.
     """
 
     def __init__(
@@ -119,7 +118,7 @@ class Oracle:
         self.found = Incumbent(x, threat, keep_first=stop == "success")
         self.measure: Loss | None = None
         self.verdict = torch.zeros(0, dtype=torch.bool, device=x.device)
-        self.losses = self.ranks = torch.zeros(0, dtype=x.dtype, device=x.device)
+        self.losses = torch.zeros(0, dtype=x.dtype, device=x.device)
         self._ledger = Ledger(len(x), x.device)
         self._everyone: tuple[Tensor, int | None, int, Tensor] | None = None
         self._aimed: tuple[Tensor, int | None, Goal] | None = None
@@ -319,9 +318,13 @@ class Oracle:
         self._require(Access.SCORES)
         return self._scores(points, rows, loss, aim, candidate, failures)
 
-    def keep(self, points: Tensor, rows: Tensor, ranks: Tensor) -> None:
-        """Take in candidates (n, ...) that have failed, each with its rank (n,) in the question about it; no pass."""
-        self.found.offer(points, rows, torch.zeros_like(rows, dtype=torch.bool), ranks, self._spent)
+    def keep(self, points: Tensor, rows: Tensor, values: Tensor) -> None:
+        """Take in candidates (n, ...) that were asked about without `failures`, each with its loss (n,); no pass.
+
+        They count as failures, whatever they are: a success was noted when it was asked about. That they were asked
+        about is taken on trust; no success can come of it.
+        """
+        self.found.offer(points, rows, torch.zeros_like(rows, dtype=torch.bool), values, self._spent)
 
     def topk(self, points: Tensor, rows: Tensor, k: int, *, candidate: bool = True) -> tuple[Tensor, Tensor]:
         """Return the k largest probabilities, float64, and their classes, in descending order; costs as `scores`.
@@ -390,15 +393,15 @@ class Oracle:
         self, points: Tensor, rows: Tensor, value: Tensor, logits: Tensor, decide: bool, failures: bool = True
     ) -> None:
         """Judge candidates: by these logits where they `decide`, else by asking the deployed model (already paid)."""
-        self.losses = self.ranks = value
+        self.losses = value
         if self.measure is not None:
-            self.ranks = self._loss(self.measure)(logits, self._goal(rows))
+            value = self._loss(self.measure)(logits, self._goal(rows))
         if not self._screens or not decide:
-            labels = labels_of(logits) if decide else self._predict(points, rows)
-            return self._judge(points, rows, labels, self.ranks, failures)
-        apparent = self._goal(rows).achieved(labels_of(logits), self.rejects)
+            labels = answers_of(logits) if decide else self._predict(points, rows)
+            return self._judge(points, rows, labels, value, failures)
+        apparent = self._goal(rows).achieved(answers_of(logits), self.rejects)
         success = self._confirm(points, rows, apparent, VOTES if self.stochastic else (1,))
-        return self._record(points, rows, success, self.ranks, failures)
+        return self._record(points, rows, success, value, failures)
 
     def _loss(self, loss: Loss) -> Loss:
         """Return the function of the model's logits that `loss` stands for."""
@@ -439,7 +442,7 @@ class Oracle:
     def _predict(self, points: Tensor, rows: Tensor) -> Tensor:
         def ask(part: slice) -> tuple[Tensor, ...]:
             if self._own_predict is None:
-                return (labels_of(self._logits(self._model, points[part], rows[part])),)
+                return (answers_of(self._logits(self._model, points[part], rows[part])),)
             images = self._image(points[part], rows[part])
             version = version_of(images)
             labels = self._own_predict(images)

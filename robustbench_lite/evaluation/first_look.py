@@ -21,7 +21,7 @@ from robustbench_lite.evaluation.unfinished import EvaluationError
 
 __all__ = ["LOOKED_AT", "first_look", "margin_gradients"]
 
-LOOKED_AT = 64  # images: two forward passes on each, three of a defense with an `attack_view`
+LOOKED_AT = 64  # images: four forward passes on each
 
 
 def first_look(subject: Subject, samples: Samples, seed: int, count: int = LOOKED_AT) -> list[Flag]:
@@ -35,7 +35,8 @@ def first_look(subject: Subject, samples: Samples, seed: int, count: int = LOOKE
     """
     x, y = subject.images(samples.x[:count]), samples.y[:count].to(subject.device)
     with subject.seeded(seed):
-        first = _answers(subject, x)
+        with torch.no_grad(), frozen(subject.model):
+            first, second = _ask(subject.model, x), _ask(subject.model, x)
         check_logits(first, x)
         if first.shape[1] < 2:
             raise ValueError(f"a classifier needs at least two logits, got {first.shape[1]}")
@@ -43,8 +44,7 @@ def first_look(subject: Subject, samples: Samples, seed: int, count: int = LOOKE
         if highest >= first.shape[1]:
             raise ValueError(f"the model returns {first.shape[1]} logits but the data have labels up to {highest}")
         check_labels(samples.y, samples.x, first.shape[1])
-        seen, slopes = _gradients(subject, x, _margin(y), lambda logits: cross_entropy(logits, y, reduction="sum"))
-        second = seen if subject.view is None else _answers(subject, x)
+        slopes = _gradients(subject, x, _margin(y), lambda logits: cross_entropy(logits, y, reduction="sum"))
         dead = zero_gradients(slopes[0]) or zero_gradients(slopes[1], "cross-entropy")
     found = [probabilities(first), randomised(first, second, subject.stochastic), dead]
     return [flag for flag in found if flag is not None]
@@ -55,16 +55,11 @@ def margin_gradients(subject: Subject, x: Tensor, y: Tensor) -> Tensor:
 
     Zeros where there is none, NaN where it cannot be computed.
     """
-    return _gradients(subject, x, _margin(y))[1][0]
+    return _gradients(subject, x, _margin(y))[0]
 
 
 def _margin(y: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda logits: margin(logits, Untargeted(y)).sum()
-
-
-def _answers(subject: Subject, x: Tensor) -> Tensor:
-    with torch.no_grad(), frozen(subject.model):
-        return _ask(subject.model, x)
 
 
 def _ask(model: Model, x: Tensor) -> Tensor:
@@ -81,13 +76,13 @@ def _ask(model: Model, x: Tensor) -> Tensor:
         raise EvaluationError(f"{kind} failed on images of shape {shape}: {type(error).__name__}: {error}") from error
 
 
-def _gradients(subject: Subject, x: Tensor, *losses: Callable[[Tensor], Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Return logits (B, K) of what an attacker differentiates, and the gradients (B, C, H, W) of losses of them."""
+def _gradients(subject: Subject, x: Tensor, *losses: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Return the gradients (B, C, H, W) of losses of the logits, from one forward pass."""
     leaf = x.clone().requires_grad_()
     with torch.enable_grad(), frozen(subject.model, subject.view):
         with image_gradients(leaf):
             logits = _ask(subject.model if subject.view is None else subject.view, leaf)
-        return logits.detach(), [_slope(loss(logits), leaf) for loss in losses]
+        return [_slope(loss(logits), leaf) for loss in losses]
 
 
 def _slope(value: Tensor, leaf: Tensor) -> Tensor:

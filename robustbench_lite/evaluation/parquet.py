@@ -50,7 +50,7 @@ def metadata(cell: Cell, device: str) -> dict[str, str]:
 
 def write_rows(rows: pa.Table, stream: BinaryIO) -> None:
     """Write a file of records, with a checksum on each page."""
-    pq.write_table(rows, stream, compression="snappy", write_statistics=["index"], write_page_checksum=True)
+    pq.write_table(rows, stream, compression="snappy", write_statistics=["index", "kind"], write_page_checksum=True)
 
 
 def read_metadata(path: Path) -> dict[bytes, bytes]:

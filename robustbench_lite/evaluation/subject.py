@@ -21,9 +21,9 @@ from robustbench_lite.core.insides import Rejecting
 from robustbench_lite.core.losses import margin
 from robustbench_lite.core.models import (
     Model,
+    answers_of,
     frozen,
     is_stochastic,
-    labels_of,
     own_predict,
     predict,
     rejects,
@@ -127,7 +127,7 @@ class Subject:
         with frozen(self.model):
             logits = self.model(x)
             check_logits(logits, x)
-            labels = predict(self.model, x) if self.decides else labels_of(logits)
+            labels = predict(self.model, x) if self.decides else answers_of(logits)
         if labels.shape != y.shape:
             raise ValueError(f"predict must return labels of shape {tuple(y.shape)}, got {tuple(labels.shape)}")
         lead = _lead(logits, y)

@@ -161,6 +161,22 @@ def test_only_samples_that_came_close_go_on(net, images):
     assert (thorough.backwards[stand] == 3 + first_round + 3 * later_round).all()
 
 
+def test_boundary_restarts_are_for_those_that_came_close(net, images):
+    y, threat = predict(net, images), Lp("l2", 0.05)
+
+    def backwards(close, restarts):
+        attack = QuickAutoAttack(close=close, rounds=0, queries=9, boundary_steps=6, boundary_restarts=restarts)
+        result = attack(net, images, y, threat)
+        return result.backwards.where(~result.success, -1)
+
+    stand = backwards(1, 3) > 0
+    assert stand.sum() >= 5
+    assert torch.equal(backwards(0, 3)[stand], backwards(0, 1)[stand])
+    once, thrice = (backwards(1, restarts)[stand] - backwards(0, 1)[stand] for restarts in (1, 3))
+    assert (once >= 7).all()  # a gradient where each step starts, and at the end of the last
+    assert (thrice >= 3 * 7).all()
+
+
 def test_a_targeted_goal_needs_no_ranking(net, images):
     target = (predict(net, images) + 1) % 4
     result = QuickAutoAttack()(net, images, Targeted(target), Lp("linf", 0.4), max_queries=BUDGET)
@@ -174,6 +190,7 @@ def test_bad_settings_say_what_is_wrong():
         ({"rounds": -1}, "rounds must be a whole number"),
         ({"close": -0.1}, "close must be at least 0"),
         ({"queries": 0}, "queries must be"),
+        ({"boundary_restarts": 0}, "boundary_restarts must be"),
     ]:
         with pytest.raises(ValueError, match=message):
             QuickAutoAttack(**options)

@@ -8,7 +8,8 @@ from torch import nn
 
 from robustbench_lite.attacks import RandomNoise, Square
 from robustbench_lite.attacks._square_moves import MOVES, LinfMoves, _corners, _some_channels, _window, bump_pair
-from robustbench_lite.core.goals import Targeted
+from robustbench_lite.core.goals import Targeted, Untargeted
+from robustbench_lite.core.losses import margin
 from robustbench_lite.core.models import predict
 from robustbench_lite.core.rng import Streams
 from robustbench_lite.core.threats import Lp
@@ -176,6 +177,24 @@ def test_it_beats_random_noise_and_equals_its_samples_one_by_one(norm, eps, loss
         alone = Square(queries=100, loss=loss)(net, x[i : i + 1], y[i : i + 1], threat, indices=torch.tensor([i]))
         assert torch.equal(alone.x_adv[0], square.x_adv[i])
         assert alone.forwards[0] == square.forwards[i]
+
+
+@pytest.mark.parametrize("budget", [None, 20])
+def test_who_stands_keeps_the_best_of_all_that_was_asked_about_it(budget):
+    """Failures are noted late: when the search ends, or when a sample can no longer pay."""
+    x = torch.rand(4, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    recorder = Recorder(nn.Sequential(nn.Flatten(), nn.Linear(36, 3)).eval())
+    with torch.no_grad():
+        recorder.net[1].bias.copy_(torch.tensor([9.0, 0.0, 0.0]))
+    y = torch.zeros(4, dtype=torch.int64)
+    result = Square(queries=40)(recorder, x, y, Lp("linf", 0.05), max_queries=budget)
+    assert not result.success.any()
+    assert (result.forwards == (budget or 41)).all()
+    lead = lambda points: margin(recorder.net(points), Untargeted(y))  # noqa: E731
+    with torch.no_grad():
+        asked = torch.stack([lead(points) for points in recorder.asked[1:]])
+        assert torch.equal(lead(result.x_adv), asked.amax(dim=0))
+    assert (result.x_adv != x).flatten(1).any(dim=1).all()
 
 
 def test_restarts_and_targets(net, images):
