@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a file that is not named her
     from robustbench_lite.attacks.difgsm import DIFGSM as DIFGSM
     from robustbench_lite.attacks.difgsm import InputDiversity as InputDiversity
     from robustbench_lite.attacks.ensemble import Ensemble as Ensemble
+    from robustbench_lite.attacks.envelope_attack import EnvelopeAttack as EnvelopeAttack
     from robustbench_lite.attacks.eot import EOT as EOT
     from robustbench_lite.attacks.eot import ExpectedGradient as ExpectedGradient
     from robustbench_lite.attacks.estimators import FiniteDifferenceEstimator as FiniteDifferenceEstimator

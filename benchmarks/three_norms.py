@@ -6,11 +6,12 @@ the share that no attack in any of the norms brings down. An attack sees the sam
 of the smallest l2 distance that the attacks without a budget find, over fewer images (a wrong answer to the clean image
 is a distance of 0).
 
-`--suite short` is for defenses that take 50 ms to answer (ABS): of the attacks with a budget PGD (40 steps), FMN, the
-walk to a reconstruction, Square with 300 queries and Pointwise alone.
+`--suite short` is for defenses that are slow to answer: of the attacks above PGD (40 steps, one start), FMN, Pointwise
+and what the defense names; `--suite own` for those that take 50 ms (ABS): Pointwise and what the defense names.
 
     RBL_DATA=... python benchmarks/three_norms.py --images 1000 --medians 100
-    RBL_DATA=... python benchmarks/three_norms.py --entries abs binary_abs --suite short --images 40 --medians 40
+    RBL_DATA=... python benchmarks/three_norms.py --entries nearest_neighbour --suite short
+    RBL_DATA=... python benchmarks/three_norms.py --entries abs binary_abs --suite own
 
 What a store holds already is not computed again.
 """
@@ -27,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from robustbench_lite.attacks import FMN, PGD, FoolboxAttack, LatentDescent, QuickAutoAttack, Square
+from robustbench_lite.attacks import FMN, PGD, FoolboxAttack, QuickAutoAttack, Square
 from robustbench_lite.attacks.base import Attack
 from robustbench_lite.core.models import predict
 from robustbench_lite.core.threats import Lp
@@ -41,7 +42,8 @@ ENTRIES = ("standard", "pgd_at_0.3", "pgd_at_l2_2", "abs", "binary_abs", "ibp_0.
 BUDGETS = {"linf": 0.3, "l2": 2.0, "l1": 10.0, "l0": 12.0}
 SUITES: dict[str, list[Attack]] = {
     "full": [PGD(loss="margin", restarts=2), FMN(), QuickAutoAttack(), Square(queries=1000)],
-    "short": [PGD(loss="margin"), FMN(), LatentDescent(), Square(queries=300)],
+    "short": [PGD(loss="margin"), FMN()],
+    "own": [],
 }
 POINTWISE = FoolboxAttack("PointwiseAttack")
 UNLIMITED = Lp("l2", None)
@@ -54,21 +56,21 @@ def accuracies(model: nn.Module, data: Dataset, norms: list[str], options: argpa
         threat = Lp(norm, options.eps.get(norm, BUDGETS[norm]))
         attacks = [attack for attack in SUITES[options.suite] if attack.supports(threat)]
         attacks += [POINTWISE] * (norm == "l0")
-        given = {"mode": "cascade", "adaptive": options.suite == "full", "batch_size": 100, "store": options.store}
-        report = evaluate(model, data, threat, attacks, **given)
+        report = evaluate(model, data, threat, attacks, mode="cascade", batch_size=100, store=options.store)
         down.append(fallen(report))
     down.append(set[int]().union(*down))
     return [f"{100 * (1 - len(found) / len(data)):.1f}" for found in down]
 
 
-def median(model: nn.Module, data: Dataset) -> str:
+def median(model: nn.Module, data: Dataset, suite: str) -> str:
     """Return the median over the images of the distance in l2 to the nearest example that an attack finds."""
     own = model.adaptive_attacks(UNLIMITED) if isinstance(model, Wrapper) else []
-    attacks = {repr(attack): attack for attack in [FMN(steps=200), *own] if attack.supports(UNLIMITED)}
+    general = [] if suite == "own" else [FMN(steps=200)]
+    attacks = [attack for attack in [*general, *own] if attack.supports(UNLIMITED)]
     x, y, view = data.images, data.labels, model.attack_view() if isinstance(model, Wrapper) else None
     with torch.no_grad():
         nearest = torch.where(predict(model, x) == y, torch.inf, 0.0).double()
-    for attack in attacks.values():
+    for attack in attacks:
         nearest = torch.minimum(nearest, attack(model, x, y, UNLIMITED, view=view).distance)
     return f"{nearest.sort().values[(len(x) - 1) // 2]:.2f}"
 
@@ -102,7 +104,7 @@ def main() -> None:
         model = load_defense(f"{options.data}/{name}", data_dir=DATA).eval()
         clean = fallen(evaluate(model, data, Lp("linf", 0.1), [], adaptive=False, batch_size=100))
         cells = [name, f"{100 * (1 - len(clean) / len(data)):.1f}", *accuracies(model, data, options.norms, options)]
-        cells += [median(model, data.head(min(options.medians, len(data)))) if options.medians else "-"]
+        cells += [median(model, data.head(min(options.medians, len(data))), options.suite) if options.medians else "-"]
         cells += [f"{time.process_time() - start:.0f}"]
         console.print("  ".join(cells), style="dim", highlight=False)
         table.add_row(*cells)

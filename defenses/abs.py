@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from robustbench_lite.attacks.apgd import APGD
 from robustbench_lite.attacks.bpda import BPDA
-from robustbench_lite.attacks.fmn import FMN
-from robustbench_lite.attacks.hop_skip_jump import HopSkipJump
+from robustbench_lite.attacks.envelope_attack import EnvelopeAttack
 from robustbench_lite.attacks.latent_descent import LatentDescent
-from robustbench_lite.attacks.square import Square
+from robustbench_lite.core.insides import Explanation
 from robustbench_lite.core.threats import Lp, Threat
 from robustbench_lite.defenses._latents import Decoders, FixedLatents, best_fixed, descend, fixed_latents
 from robustbench_lite.defenses.base import Wrapper
@@ -27,20 +25,7 @@ __all__ = ["ABS", "BinaryABS", "Explanation"]
 
 AT_ONCE, AT_ONCE_ON_GPU = 16, 512  # images whose latents descend together; on a CPU what its cache holds
 STEEPNESS = 10.0  # of the sigmoid that stands in for the cut
-
-
-class Explanation(NamedTuple):
-    """How each class explains images best.
-
-    Attributes:
-        latents: (B, K, d).
-        images: what the decoders make of them, (B, K, C, H, W).
-        energies: (B, K), ||x - G(z)||^2 + beta ||z||^2 / 2.
-    """
-
-    latents: Tensor
-    images: Tensor
-    energies: Tensor
+CLOSE = 0.1  # of the learning rate, for latents that follow an image
 
 
 class ABS(Wrapper):
@@ -78,6 +63,7 @@ class ABS(Wrapper):
         ValueError: a setting out of range.
     """
 
+    cut: ClassVar[float | None] = None
     decoder: Decoders
 
     def __init__(
@@ -127,6 +113,10 @@ class ABS(Wrapper):
         """Return logits (B, K) for `seen` images, the explanation held fixed."""
         return -self.scale * self._energies(seen, explanation.latents, explanation.images)
 
+    def logits_at(self, x: Tensor, explanation: Explanation) -> Tensor:
+        """Return logits (B, K) of images (B, C, H, W), the explanation held fixed."""
+        return self.logits(self.seen(x), explanation)
+
     def posterior(self, x: Tensor) -> Tensor:
         """Return p(c) = (exp(s_c) + eta) / (sum_j exp(s_j) + K eta) of the logits s: uniform far from all classes."""
         s = self(x)
@@ -144,22 +134,37 @@ class ABS(Wrapper):
         Raises:
             ValueError: images of another shape than the decoders'.
         """
+        return self._explained(x, None, self.steps, self.learning_rate)
+
+    @torch.no_grad()
+    def follow(self, x: Tensor, latents: Tensor, steps: int) -> Explanation:
+        """Return the best explanation within a few short steps from latents (B, K, d); no gradients.
+
+        For images that differ little from those whose best latents these are, a fraction of the work of `explain`.
+
+        Raises:
+            ValueError: images of another shape than the decoders'.
+        """
+        return self._explained(x, latents, steps, CLOSE * self.learning_rate)
+
+    def _explained(self, x: Tensor, latents: Tensor | None, steps: int, learning_rate: float) -> Explanation:
         if x.ndim != 4 or x.shape[1:] != torch.Size(self.decoder.image_shape):
             raise ValueError(
                 f"the decoders make images {tuple(self.decoder.image_shape)}, got a batch {tuple(x.shape)}"
             )
         with torch.inference_mode(False):  # the search needs gradients by the latents
             seen = self.seen(x.detach().clone() if x.is_inference() else x.detach())
-            parts = torch.split(seen, AT_ONCE if x.device.type == "cpu" else AT_ONCE_ON_GPU)
-            found = [self._explained(part) for part in parts]
+            parts = torch.split(torch.arange(len(x)), AT_ONCE if x.device.type == "cpu" else AT_ONCE_ON_GPU)
+            starts = [None if latents is None else latents[part] for part in parts]
+            found = [self._search(seen[part], z, steps, learning_rate) for part, z in zip(parts, starts, strict=True)]
         return Explanation(*(torch.cat(values) for values in zip(*found, strict=True)))
 
-    def _explained(self, seen: Tensor) -> Explanation:
+    def _search(self, seen: Tensor, start: Tensor | None, steps: int, learning_rate: float) -> Explanation:
         def energies(z: Tensor) -> Tensor:
             return self._energies(seen, z, self.decoder(z))
 
-        start = best_fixed(self.fixed_latents(), seen, self.beta)
-        z, _ = descend(energies, start, steps=self.steps, learning_rate=self.learning_rate, radius=self.radius)
+        start = best_fixed(self.fixed_latents(), seen, self.beta) if start is None else start
+        z, _ = descend(energies, start, steps=steps, learning_rate=learning_rate, radius=self.radius)
         images = self.decoder(z)
         return Explanation(z, images, self._energies(seen, z, images))
 
@@ -172,11 +177,10 @@ class ABS(Wrapper):
         return fixed_latents(self.decoder, self.latents, drop=self.drop, radius=self.radius, seed=self.seed)
 
     def adaptive_attacks(self, threat: Threat) -> list[Attack]:
-        """Return gradient attacks, whose gradients are the envelope theorem's, and the walk to a reconstruction."""
+        """Return the attack by envelope gradients, and the walk to a reconstruction."""
         if not isinstance(threat, Lp):
             return []
-        ascents = [APGD(steps=100, restarts=2, loss="margin")]
-        return [*(attack for attack in ascents if attack.supports(threat)), FMN(steps=200), LatentDescent()]
+        return [EnvelopeAttack(), LatentDescent()]
 
     def certifiers(self) -> list[Certifier]:
         """Return the paper's bound and the better one; both are estimates."""
@@ -200,6 +204,8 @@ class BinaryABS(ABS):
     Raises:
         ValueError: not one positive factor a class, or as for `ABS`.
     """
+
+    cut: ClassVar[float | None] = 0.5
 
     def __init__(
         self,
@@ -225,15 +231,14 @@ class BinaryABS(ABS):
         """Return the images cut at 1/2."""
         return (x > 0.5).to(x.dtype)
 
+    def logits_at(self, x: Tensor, explanation: Explanation) -> Tensor:
+        """Return logits (B, K) of images, the explanation held fixed; the gradient of the cut is the identity's."""
+        return self.logits(BPDA(self.seen)(x), explanation)
+
     def logits(self, seen: Tensor, explanation: Explanation) -> Tensor:
         """Return logits (B, K) for `seen` images, the explanation held fixed."""
         logits = super().logits(seen, explanation)
         return logits if self.factors is None else logits * logits.new_tensor(self.factors)
-
-    def adaptive_attacks(self, threat: Threat) -> list[Attack]:
-        """Return those of `ABS`, through the view, and one that needs no gradient."""
-        blind = [Square(), HopSkipJump()]
-        return [*super().adaptive_attacks(threat), *[attack for attack in blind if attack.supports(threat)][:1]]
 
     def certifiers(self) -> list[Certifier]:
         """Return none: the cut is no continuous function of the image."""

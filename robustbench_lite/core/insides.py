@@ -6,11 +6,11 @@ that all it asks is counted.
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-__all__ = ["Generative", "Neighbours", "Rejecting", "Smoothed", "Uncertain"]
+__all__ = ["Explaining", "Explanation", "Generative", "Neighbours", "Rejecting", "Smoothed", "Uncertain"]
 
 
 @runtime_checkable
@@ -58,6 +58,40 @@ class Generative(Protocol):
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """Return the best reconstruction of each class, (B, K, C, H, W), of images (B, C, H, W)."""
+        ...
+
+
+class Explanation(NamedTuple):
+    """How each class explains images best.
+
+    Attributes:
+        latents: (B, K, d).
+        images: what the decoders make of them, (B, K, C, H, W).
+        energies: (B, K), what an explanation costs: the least one is the answer.
+    """
+
+    latents: Tensor
+    images: Tensor
+    energies: Tensor
+
+
+@runtime_checkable
+class Explaining(Protocol):
+    """A defense that searches for the latents by which each class explains an input best, such as ABS."""
+
+    cut: float | None
+    """Pixels above it are 1, others 0, before an image is explained; None: they stay as they are."""
+
+    def explain(self, x: Tensor) -> Explanation:
+        """Search for the best explanations of images (B, C, H, W); without gradients."""
+        ...
+
+    def follow(self, x: Tensor, latents: Tensor, steps: int) -> Explanation:
+        """Go on from latents (B, K, d) that explain images close to these best; without gradients."""
+        ...
+
+    def logits_at(self, x: Tensor, explanation: Explanation) -> Tensor:
+        """Return logits (B, K), differentiable by the images; a cut has the gradient of the identity."""
         ...
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from robustbench_lite.attacks import FMN
-from robustbench_lite.attacks.fmn import _soft_margin
+from robustbench_lite.attacks._closing_in import soft_margin
 from robustbench_lite.core.goals import Targeted, Untargeted
 from robustbench_lite.core.losses import cross_entropy, margin
 from robustbench_lite.core.models import predict
@@ -143,16 +143,16 @@ def test_a_budget_a_sample(net, images):
 
 
 @pytest.mark.parametrize("kind", [Untargeted, Targeted])
-def test_the_soft_margin_goes_from_the_direction_of_the_cross_entropy_to_the_margin(kind, net, images):
+def test_thesoft_margin_goes_from_the_direction_of_the_cross_entropy_to_the_margin(kind, net, images):
     goal = kind(predict(net, images))
     slopes = []
-    for loss in (partial(_soft_margin, temperature=1.0), cross_entropy):
+    for loss in (partial(soft_margin, temperature=1.0), cross_entropy):
         leaf = images.clone().requires_grad_()
         slopes.append(torch.autograd.grad(loss(net(leaf), goal).sum(), leaf)[0].flatten(1))
     assert torch.allclose(torch.cosine_similarity(*slopes), torch.ones(12, dtype=torch.float64))
     logits = 10 * torch.randn(12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     gaps = [
-        (_soft_margin(logits, goal, temperature) - margin(logits, goal)).abs().max() for temperature in (1.0, 0.1, 0.0)
+        (soft_margin(logits, goal, temperature) - margin(logits, goal)).abs().max() for temperature in (1.0, 0.1, 0.0)
     ]
     assert gaps[0] <= math.log(3)
     assert gaps[1] <= 0.1 * math.log(3)

@@ -11,8 +11,9 @@ import yaml
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from robustbench_lite.attacks import FMN, LatentDescent
+from robustbench_lite.attacks import FMN, EnvelopeAttack, LatentDescent
 from robustbench_lite.core.insides import Generative
+from robustbench_lite.core.spatial import RotationTranslation
 from robustbench_lite.core.threats import Lp
 from robustbench_lite.defenses._latents import draw_latents
 from robustbench_lite.defenses.abs import ABS, BinaryABS
@@ -149,7 +150,6 @@ def test_binary_abs_falls_through_its_view_near_the_nearest_cut_image_of_another
     far = torch.linalg.vector_norm(moved, ord=torch.inf if norm == "linf" else 2, dim=2)
     exact = far.masked_fill(model.predict(cuts.view(-1, 1, 3, 3)) == y.unsqueeze(1), torch.inf).amin(dim=1)
     attack, threat = FMN(steps=60), Lp(norm, None)
-    assert {FMN, LatentDescent} < {type(one) for one in model.adaptive_attacks(threat)}
     walked = LatentDescent()(model, x, y, threat, view=model.attack_view()).distance
     found = attack(model, x, y, threat, view=model.attack_view()).distance
     assert (torch.minimum(found, walked) >= exact).all()
@@ -160,13 +160,34 @@ def test_binary_abs_falls_through_its_view_near_the_nearest_cut_image_of_another
 
 def test_attacks_are_chosen_by_threat() -> None:
     model = around(Curved())
-    kinds = {norm: [type(a).__name__ for a in model.adaptive_attacks(Lp(norm, 0.1))] for norm in ("linf", "l2", "l1")}
-    assert all(names == ["APGD", "FMN", "LatentDescent"] for names in kinds.values())
-    assert [type(a) for a in model.adaptive_attacks(Lp("l0", 3))] == [FMN, LatentDescent]
-    binary = around(Curved(), BinaryABS)
-    assert "Square" in [type(a).__name__ for a in binary.adaptive_attacks(Lp("linf", 0.1))]
-    assert "HopSkipJump" in [type(a).__name__ for a in binary.adaptive_attacks(Lp("l2", None))]
-    assert binary.certifiers() == []
+    for norm, eps in (("linf", 0.1), ("l2", None), ("l1", 2.0), ("l0", 3)):
+        assert [type(a) for a in model.adaptive_attacks(Lp(norm, eps))] == [EnvelopeAttack, LatentDescent]
+    assert model.adaptive_attacks(RotationTranslation()) == []
+    assert around(Curved(), BinaryABS).certifiers() == []
+
+
+def test_latents_that_follow_start_from_those_before_and_end_no_worse() -> None:
+    model, x = around(Curved(), latents=200, steps=20), images()
+    found = model.explain(x)
+    moved = (x + 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)).clamp(0, 1)
+    stale = (moved[:, None] - found.images).square().flatten(2).sum(dim=2) + found.latents.square().sum(dim=2) / 2
+    few, many = (model.follow(moved, found.latents, steps) for steps in (2, 100))
+    assert (few.energies <= stale + 1e-12).all() and (many.energies <= few.energies + 1e-12).all()
+    assert torch.allclose(many.energies, model.explain(moved).energies, atol=0.02)
+    assert torch.allclose(model.decoder(many.latents), many.images)
+    with pytest.raises(ValueError, match="the decoders make images"):
+        model.follow(torch.rand(1, 1, 4, 4, dtype=torch.float64), found.latents[:1], 2)
+
+
+def test_logits_at_an_explanation_have_its_gradient_and_the_cut_that_of_the_identity() -> None:
+    x = images().requires_grad_()
+    for kind in (ABS, BinaryABS):
+        model = around(Curved(), kind, latents=100, scale=3.0)
+        found = model.explain(x)
+        logits = model.logits_at(x, found)
+        assert torch.allclose(logits, model(x))
+        slope = torch.autograd.grad(logits[:, 1].sum(), x)[0]
+        assert torch.allclose(slope, -6.0 * (model.seen(x.detach()) - found.images[:, 1]))
 
 
 def test_binary_abs_explains_the_cut_image_and_weighs_by_class() -> None:
