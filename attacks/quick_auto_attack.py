@@ -58,7 +58,7 @@ class QuickAutoAttack(Attack):
 
     steps: int = 25
     targets: int = 2
-    boundary_steps: int = 60
+    boundary_steps: int = 75
     boundary_targets: int = 4
     boundary_restarts: int = 3
     close: float = 0.2
