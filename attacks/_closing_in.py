@@ -36,6 +36,7 @@ class Search:
 
     @classmethod
     def start(cls, x: Tensor, threat: Lp) -> Self:
+        """Return the search at the clean images."""
         low, high = threat.bounds
         widest = threat.distance(torch.where(x - low > high - x, low, high), x).to(x.dtype)
         if threat.eps is not None:
@@ -43,6 +44,7 @@ class Search:
         return cls(threat, x, x, torch.ones_like(widest), torch.full_like(widest, torch.inf), widest)
 
     def take(self, keep: Tensor) -> Self:
+        """Return the searches at these positions."""
         parts = {name: getattr(self, name)[keep] for name in ("x", "points", "radius", "nearest", "widest")}
         return replace(self, threat=self.threat.take(keep), **parts)
 

@@ -12,7 +12,8 @@ they show: it alone decides.
 An image that is cut to 0 and 1 before it is explained (`BinaryABS`) changes by whole pixels. With latents held fixed
 the margin is a sum over pixels, each of which adds what it adds whatever the others do. The points are then the clean
 image with those pixels moved across the cut that gain most for what they cost, by gains averaged over the steps; the
-search starts from the widest ball.
+search starts from the widest ball, and goes through narrower ones and back until a first success. The gains are exact
+where all classes weigh the same (`factors`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from robustbench_lite.attacks.fmn import FMN
 from robustbench_lite.core.goals import Goal
 from robustbench_lite.core.insides import Explaining
 from robustbench_lite.core.losses import Loss
-from robustbench_lite.core.models import answers_of
+from robustbench_lite.core.models import answers_of, forward_passes
 from robustbench_lite.core.oracle import Oracle
 from robustbench_lite.core.rng import Streams
 from robustbench_lite.core.threats import Lp, Threat
@@ -41,6 +42,7 @@ BEYOND = 1e-4  # how far a pixel goes past the cut, in the units of the images
 KEPT = 0.5  # of the gains of the steps before
 QUICKER = 4  # times the share by which radii change: each point is chosen anew, and starts far away
 NARROWER, WIDTHS = 0.8, 4.0  # ratio of a radius to the one before, and of the widest to the narrowest, until a success
+ROUNDING = 2e-7  # share of a radius: a downward pixel that stops short of the cut has not crossed it
 WORTH = 0.02  # share by which a success must be nearer at first to be put to the defense
 POWERS = {"l2": 2, "l1": 1, "l0": 0}  # of a pixel's move, which add up
 
@@ -49,10 +51,13 @@ POWERS = {"l2": 2, "l1": 1, "l0": 0}  # of a pixel's move, which add up
 class EnvelopeAttack(FMN):
     """Steps along envelope gradients at latents that follow, in a ball whose radius closes in on the boundary.
 
-    Deterministic. A step counts as one forward and one backward pass, though it takes a fraction of the time.
+    Deterministic. A step counts as one forward and one backward pass, though it takes a fraction of the time. Of what
+    is adversarial the nearest is kept; the last point is judged too.
 
     Attributes:
         steps: gradient steps.
+        alpha_init, alpha_final: as in `FMN`; without effect where images are cut.
+        gamma_init, gamma_final: as in `FMN`; four times as much, at most 0.5, where images are cut.
         follow: steps of the latents for each.
         renew: steps between two searches for the latents.
 
@@ -76,7 +81,9 @@ class EnvelopeAttack(FMN):
     def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
         """Search each sample's nearest adversarial example from the clean image."""
         inside = oracle.inside(Explaining)  # type: ignore[type-abstract]
-        latents, cost = _Following(inside, self.follow), 2 + oracle.judge_cost
+        latents = _Following(inside, self.follow)
+        once = forward_passes(latents)
+        cost = 2 * once + oracle.judge_cost
         rows = oracle.standing(cost)
         ball = cast(Lp, threat).take(rows)
         search = Search.start(x[rows], ball) if inside.cut is None else _AcrossTheCut.begin(x[rows], ball, inside.cut)
@@ -91,9 +98,13 @@ class EnvelopeAttack(FMN):
             seeming = latents.fooled(oracle, rows)
             fooled = self._confirmed(oracle, search, rows, seeming, WORTH * share)
             denied = (seeming & ~fooled).nonzero().flatten()
+            denied = denied[oracle.still(rows[denied], once)]
             if len(denied):
                 value[denied], slope[denied] = latents.ask(oracle, search.points[denied], rows[denied], loss, anew=True)
             search = search.step(fooled, value, slope, *self._sizes(share))
+        keep = oracle.still(rows, oracle.judge_cost)
+        if len(keep):
+            oracle.judge(search.points[keep], rows[keep])
         return oracle.best
 
     @staticmethod
@@ -166,7 +177,7 @@ class _AcrossTheCut(Search):
     def begin(cls, x: Tensor, threat: Lp, cut: float) -> _AcrossTheCut:
         """Return the search at the clean images, with the widest ball to search next."""
         start = Search.start(x, threat)
-        return cls(threat, x, x, start.widest, start.nearest, start.widest, torch.zeros_like(x), cut)
+        return cls(threat, x, x, start.widest / NARROWER, start.nearest, start.widest, torch.zeros_like(x), cut)
 
     def take(self, keep: Tensor) -> _AcrossTheCut:
         """Return the searches at these positions."""
@@ -189,17 +200,24 @@ class _AcrossTheCut(Search):
 
     def _chosen(self) -> Tensor:
         """Return the clean images with those pixels across the cut that gain most for their cost, within the radius."""
-        up = self.x <= self.cut
-        there = torch.where(up, self.cut + BEYOND, self.cut).to(self.x)
-        gain, way = torch.where(up, self.gains, -self.gains).flatten(1), (there - self.x).abs().flatten(1)
-        radius = self.radius.unsqueeze(1)
+        edge = self.x.new_tensor(self.cut)
+        up = self.x <= edge
+        there = torch.where(up, edge + BEYOND, edge).clamp(*self.threat.bounds)
+        gain, way = torch.where(up, self.gains, -self.gains).clamp_min(0).flatten(1), (there - self.x).abs().flatten(1)
+        radius = self.radius.unsqueeze(1) * (1 + ROUNDING)
         if self.threat.norm == "linf":
-            chosen = (gain > 0) & (way <= radius)
+            affordable = way <= radius
+        elif self.threat.norm == "l0" and self.threat.per == "pixel":
+            pixels = gain.view(len(gain), self.x.shape[1], -1).sum(dim=1)
+            affordable = _dearest(pixels, torch.ones_like(pixels), radius).repeat(1, self.x.shape[1])
         else:
             power = POWERS[self.threat.norm]
-            cost, purse = way**power, radius ** max(1, power)
-            order = (gain / cost.clamp_min(BEYOND)).argsort(dim=1, descending=True, stable=True)
-            spent = cost.gather(1, order).cumsum(dim=1) <= purse
-            chosen = torch.zeros_like(spent).scatter(1, order, spent) & (gain > 0)
-        points = torch.where(chosen.view_as(self.x), there, self.x)
-        return replace(self.threat, eps=self.radius).project(points, self.x)
+            affordable = _dearest(gain, way**power, radius ** max(1, power))
+        return torch.where((affordable & (gain > 0)).view_as(self.x), there, self.x)
+
+
+def _dearest(gain: Tensor, cost: Tensor, purse: Tensor) -> Tensor:
+    """Return bool (n, m): the entries of most gain for their cost, as many as the purse (n, 1) pays for."""
+    order = (gain / cost.clamp_min(BEYOND)).argsort(dim=1, descending=True, stable=True)
+    paid = cost.gather(1, order).cumsum(dim=1) <= purse
+    return torch.zeros_like(paid).scatter(1, order, paid)

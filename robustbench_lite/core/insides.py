@@ -67,7 +67,7 @@ class Explanation(NamedTuple):
     Attributes:
         latents: (B, K, d).
         images: what the decoders make of them, (B, K, C, H, W).
-        energies: (B, K), what an explanation costs: the least one is the answer.
+        energies: (B, K), what an explanation costs, before classes are weighed.
     """
 
     latents: Tensor

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustbench_lite.attacks import FMN
+from robustbench_lite.attacks import BPDA, FMN
 from robustbench_lite.attacks.envelope_attack import EnvelopeAttack
 from robustbench_lite.core.errors import NotApplicableError
-from robustbench_lite.core.goals import Targeted
+from robustbench_lite.core.goals import Targeted, Untargeted
 from robustbench_lite.core.insides import Explaining, Explanation
+from robustbench_lite.core.losses import margin
 from robustbench_lite.core.threats import Lp
-from robustbench_lite.defenses.abs import BinaryABS
+from robustbench_lite.defenses.abs import ABS, BinaryABS
 from tests.defenses.abs_toys import Curved, around
 
 NORMS = ["linf", "l2", "l1"]
@@ -112,7 +113,7 @@ def test_it_searches_anew_every_few_steps_and_pays_for_each_question() -> None:
     found = EnvelopeAttack(steps=10, renew=4)(model, x, y, Lp("l2", 1e-3))
     assert not found.success.any()
     assert (model.searches, model.follows) == (2 * 3, 2 * 7)
-    assert found.forwards.tolist() == [1 + 10] * 2  # the clean image, and a question a step
+    assert found.forwards.tolist() == [1 + 10 + 1] * 2  # the clean image, a question a step, the last point
     assert found.backwards.tolist() == [10] * 2
 
 
@@ -126,10 +127,13 @@ def test_the_defense_alone_says_what_is_a_success() -> None:
     assert far.success.all() and (model(far.x_adv).argmax(dim=1) != y).all()
 
 
-@pytest.mark.parametrize("budget", [1, 3, 4, 5, 23])
-def test_it_never_exceeds_its_queries(budget: int) -> None:
-    x, y = near(4)
-    found = EnvelopeAttack(steps=50)(Lying(), x, y, Lp("l2", None), max_queries=budget)
+@pytest.mark.parametrize("budget", [1, 3, 4, 5, 10, 23, 27])
+@pytest.mark.parametrize("declared", [{}, {"stochastic": True}, {"cost": 3}])
+def test_it_never_exceeds_its_queries(budget: int, declared: dict[str, int]) -> None:
+    model, (x, y) = Lying(), near(4)
+    for name, value in declared.items():
+        setattr(model, name, value)
+    found = EnvelopeAttack(steps=50)(model, x, y, Lp("l2", None), max_queries=budget)
     assert (found.forwards <= budget).all()
 
 
@@ -165,6 +169,85 @@ def test_cut_images_change_by_the_pixels_that_brute_force_finds(norm: str) -> No
     assert (found.distance >= exact * (1 - 1e-9)).all()
     ratio = found.distance / exact
     assert ratio.median() < 1.01 and ratio.max() < 1.6
+
+
+class OnesOrZeros(Fixed):
+    """Images cut at `edge`: class 0 is all ones, class 1 all zeros."""
+
+    def __init__(self, shape: tuple[int, ...], edge: float = 0.5) -> None:
+        super().__init__()
+        self.cut = edge
+        self.centres = torch.stack([torch.ones(shape), torch.zeros(shape)])
+
+    def _found(self, x: Tensor) -> Explanation:
+        images = self.centres.to(x).expand(len(x), -1, -1, -1, -1)
+        return Explanation(x.new_zeros(len(x), 2, 1), images, x.new_zeros(len(x), 2))
+
+    def logits_at(self, x: Tensor, explanation: Explanation) -> Tensor:
+        return super().logits_at(BPDA(lambda image: (image > self.cut).to(image.dtype))(x), explanation)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("norm", "level", "eps", "enough"),
+    [
+        ("l2", 1.0, 2.0, True),
+        ("l2", 1.0, 1.9, False),
+        ("l1", 1.0, 8.0, True),
+        ("linf", 1.0, 0.5, True),
+        ("linf", 204 / 255, 0.3, True),
+        ("linf", 204 / 255, 0.29, False),
+        ("l0", 1.0, 16, True),
+        ("l0", 1.0, 15, False),
+    ],
+)
+def test_a_budget_that_just_reaches_the_cut_is_enough(
+    norm: str, level: float, eps: float, enough: bool, dtype: torch.dtype
+) -> None:
+    x, y = torch.full((2, 1, 1, 31), level, dtype=dtype), torch.tensor([0, 0])
+    model, threat = OnesOrZeros((1, 1, 31)), Lp(norm, eps)
+    for steps in (3, 60):  # the first point searched is in the widest ball
+        found = EnvelopeAttack(steps=steps)(model, x, y, threat)
+        assert found.success.tolist() == [enough] * 2
+        assert threat.contains(found.x_adv, x).all()
+
+
+@pytest.mark.parametrize("edge", [0.1, 0.3, 0.7])
+def test_the_cut_is_where_the_images_have_it(edge: float) -> None:
+    x = torch.ones(1, 1, 1, 31, dtype=torch.float64)
+    found = EnvelopeAttack(steps=60)(OnesOrZeros((1, 1, 31), edge), x, torch.tensor([0]), Lp("l2", None))
+    assert found.distance.item() == pytest.approx(4 * (1 - edge), rel=1e-6)
+
+
+def test_in_l0_a_pixel_is_paid_once_for_all_its_channels() -> None:
+    model, x = OnesOrZeros((3, 1, 3)), torch.ones(1, 3, 1, 3)
+    for per, needed in (("pixel", 2), ("coordinate", 5)):
+        for eps in (needed - 1, needed):
+            found = EnvelopeAttack(steps=40)(model, x, torch.tensor([0]), Lp("l0", eps, per=per))
+            assert found.success.item() is (eps == needed)
+
+
+@pytest.mark.parametrize("kind", [ABS, BinaryABS])
+def test_samples_leave_and_questions_are_split_without_a_trace(kind: type[ABS]) -> None:
+    model = around(Curved(), kind, latents=100, steps=5)
+    x = torch.rand(40, 1, 3, 3, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    y = model.predict(x)
+    far = EnvelopeAttack(steps=60)(model, x, y, Lp("l2", None)).distance
+    assert far.isfinite().all()
+    sizes = far * torch.tensor([0.5, 1.01, 1.3, 3.0]).repeat(10)
+    threat = Lp("l2", sizes)
+    whole, split = (EnvelopeAttack(steps=60)(model, x, y, threat, memory_budget=size) for size in (None, 1))
+    assert torch.equal(whole.success, split.success) and torch.allclose(whole.x_adv, split.x_adv, atol=1e-9)
+    assert (whole.forwards == split.forwards).all() and whole.forwards.unique().numel() > 1
+    assert whole.success.view(10, 4)[:, 1:].double().mean() > 0.85
+    assert (whole.distance[whole.success] <= sizes[whole.success] * (1 + 1e-6)).all()
+
+
+def test_a_failure_keeps_a_point_that_moved() -> None:
+    x, y = near(4)
+    found = EnvelopeAttack(steps=20)(Fixed(), x, y, Lp("l2", 0.05))
+    before, after = (-margin(Fixed()(at), Untargeted(y)) for at in (x, found.x_adv))
+    assert not found.success.any() and (after < before).all()
 
 
 def test_cut_images_keep_the_pixels_that_stay_on_their_side() -> None:

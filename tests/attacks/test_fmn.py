@@ -143,7 +143,7 @@ def test_a_budget_a_sample(net, images):
 
 
 @pytest.mark.parametrize("kind", [Untargeted, Targeted])
-def test_thesoft_margin_goes_from_the_direction_of_the_cross_entropy_to_the_margin(kind, net, images):
+def test_the_soft_margin_goes_from_the_direction_of_the_cross_entropy_to_the_margin(kind, net, images):
     goal = kind(predict(net, images))
     slopes = []
     for loss in (partial(soft_margin, temperature=1.0), cross_entropy):

@@ -175,6 +175,10 @@ def test_latents_that_follow_start_from_those_before_and_end_no_worse() -> None:
     assert (few.energies <= stale + 1e-12).all() and (many.energies <= few.energies + 1e-12).all()
     assert torch.allclose(many.energies, model.explain(moved).energies, atol=0.02)
     assert torch.allclose(model.decoder(many.latents), many.images)
+    many_images = images(40, seed=2)
+    apart = torch.cat([model.follow(one[None], model.explain(one[None]).latents, 3).energies for one in many_images])
+    together = model.follow(many_images, model.explain(many_images).latents, 3).energies
+    assert torch.allclose(together, apart, atol=1e-9)
     with pytest.raises(ValueError, match="the decoders make images"):
         model.follow(torch.rand(1, 1, 4, 4, dtype=torch.float64), found.latents[:1], 2)
 
