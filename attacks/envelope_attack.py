@@ -209,14 +209,14 @@ class _AcrossTheCut(Search):
             affordable = way <= radius
         elif self.threat.norm == "l0" and self.threat.per == "pixel":
             pixels = gain.view(len(gain), self.x.shape[1], -1).sum(dim=1)
-            affordable = _dearest(pixels, torch.ones_like(pixels), radius).repeat(1, self.x.shape[1])
+            affordable = _best_buys(pixels, torch.ones_like(pixels), radius).repeat(1, self.x.shape[1])
         else:
             power = POWERS[self.threat.norm]
-            affordable = _dearest(gain, way**power, radius ** max(1, power))
+            affordable = _best_buys(gain, way**power, radius ** max(1, power))
         return torch.where((affordable & (gain > 0)).view_as(self.x), there, self.x)
 
 
-def _dearest(gain: Tensor, cost: Tensor, purse: Tensor) -> Tensor:
+def _best_buys(gain: Tensor, cost: Tensor, purse: Tensor) -> Tensor:
     """Return bool (n, m): the entries of most gain for their cost, as many as the purse (n, 1) pays for."""
     order = (gain / cost.clamp_min(BEYOND)).argsort(dim=1, descending=True, stable=True)
     paid = cost.gather(1, order).cumsum(dim=1) <= purse

@@ -154,9 +154,10 @@ class ABS(Wrapper):
             )
         with torch.inference_mode(False):  # the search needs gradients by the latents
             seen = self.seen(x.detach().clone() if x.is_inference() else x.detach())
-            parts = torch.split(torch.arange(len(x)), AT_ONCE if x.device.type == "cpu" else AT_ONCE_ON_GPU)
-            starts = [None if latents is None else latents[part] for part in parts]
-            found = [self._search(seen[part], z, steps, learning_rate) for part, z in zip(parts, starts, strict=True)]
+            size = AT_ONCE if x.device.type == "cpu" else AT_ONCE_ON_GPU
+            parts = torch.split(seen, size)
+            starts = [None] * len(parts) if latents is None else torch.split(latents, size)
+            found = [self._search(part, z, steps, learning_rate) for part, z in zip(parts, starts, strict=True)]
         return Explanation(*(torch.cat(values) for values in zip(*found, strict=True)))
 
     def _search(self, seen: Tensor, start: Tensor | None, steps: int, learning_rate: float) -> Explanation:
