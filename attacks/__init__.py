@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a file that is not named her
     from robustbench_lite.attacks.estimators import SPSAEstimator as SPSAEstimator
     from robustbench_lite.attacks.evolution_strategy import EvolutionStrategy as EvolutionStrategy
     from robustbench_lite.attacks.fabt import FABT as FABT
+    from robustbench_lite.attacks.far_fmn import FarFMN as FarFMN
     from robustbench_lite.attacks.fast import Fast as Fast
     from robustbench_lite.attacks.fgsm import FGSM as FGSM
     from robustbench_lite.attacks.finite_differences import FiniteDifferences as FiniteDifferences

@@ -43,14 +43,22 @@ class Search:
             widest = torch.minimum(widest, threat.radius(x).reshape(-1))
         return cls(threat, x, x, torch.ones_like(widest), torch.full_like(widest, torch.inf), widest)
 
+    @classmethod
+    def outside(cls, x: Tensor, threat: Lp, points: Tensor) -> Self:
+        """Return the search at far `points` (n, C, H, W): no budget binds on the way in."""
+        search = cls.start(x, replace(threat, eps=None))
+        return replace(search, points=points, radius=threat.distance(points, x).to(x.dtype))
+
     def take(self, keep: Tensor) -> Self:
         """Return the searches at these positions."""
         parts = {name: getattr(self, name)[keep] for name in ("x", "points", "radius", "nearest", "widest")}
         return replace(self, threat=self.threat.take(keep), **parts)
 
     @torch.no_grad()
-    def step(self, fooled: Tensor, value: Tensor, gradient: Tensor, length: float, share: float) -> Self:
+    def step(self, fooled: Tensor, value: Tensor, gradient: Tensor, length: float | Tensor, share: float) -> Self:
         """Return the search after what the model said at `points`: the radius moves by `share`, the points by `length`.
+
+        The length is one for all, or (n, 1, 1, 1).
 
         Entries at an image bound whose gradient points out of it could not move, and would use the step up.
         """

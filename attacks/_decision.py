@@ -14,7 +14,7 @@ from robustbench_lite.attacks._purse import Purse
 from robustbench_lite.core.oracle import Oracle
 from robustbench_lite.core.rng import Streams
 
-__all__ = ["bisect", "cut", "fools", "random_start", "search_start", "straight"]
+__all__ = ["bisect", "cut", "fools", "noise", "random_start", "search_start", "straight"]
 
 Blend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Clean images, far images (n, ...) and shares (n,) to images between them: 0 the clean ones, 1 the far ones."""
@@ -28,10 +28,14 @@ def fools(oracle: Oracle, points: Tensor, rows: Tensor) -> Tensor:
     return oracle.goal.take(rows).achieved(answers, oracle.rejects)
 
 
-def search_start(oracle: Oracle, purse: Purse, streams: Streams, draws: int, draw: Draw) -> tuple[Tensor, Tensor]:
-    """Draw images until one is adversarial, one query each; return the rows that have one, and the images."""
+def search_start(
+    oracle: Oracle, purse: Purse, rows: Tensor, streams: Streams, draws: int, draw: Draw
+) -> tuple[Tensor, Tensor]:
+    """Draw images for `rows` until one is adversarial, one query each; return the rows that have one, and the images.
+
+    The streams are those of the whole batch.
+    """
     starts, found = oracle.x.clone(), torch.zeros_like(oracle.found.fallen)
-    rows = oracle.standing()
     for number in range(draws):
         rows = rows[purse.still(rows)]
         if len(rows) == 0:
@@ -49,20 +53,20 @@ def search_start(oracle: Oracle, purse: Purse, streams: Streams, draws: int, dra
     return rows, starts[rows]
 
 
-def random_start(oracle: Oracle, purse: Purse, streams: Streams, draws: int) -> tuple[Tensor, Tensor]:
-    """Draw noise images until one is adversarial, one query each; return the rows that have one, and the images.
+def random_start(oracle: Oracle, purse: Purse, rows: Tensor, streams: Streams, draws: int) -> tuple[Tensor, Tensor]:
+    """Draw noise images for `rows` until one is adversarial; as `search_start`.
 
     Uniform noise in every pixel comes first; then its tiles double in side from draw to draw, and start over. Nets
     that put all fine noise into one class need the coarse, and so do targets.
     """
 
     def draw(rows: Tensor, own: Streams, number: int) -> tuple[Tensor, None]:
-        return _noise(oracle.x[rows], own, number, oracle.threat.bounds), None
+        return noise(oracle.x[rows], own, number, oracle.threat.bounds), None
 
-    return search_start(oracle, purse, streams, draws, draw)
+    return search_start(oracle, purse, rows, streams, draws, draw)
 
 
-def _noise(x: Tensor, streams: Streams, draw: int, bounds: tuple[float, float]) -> Tensor:
+def noise(x: Tensor, streams: Streams, draw: int, bounds: tuple[float, float]) -> Tensor:
     """Return uniform noise in tiles, a number of each draw's own kind for each sample: (n, C, H, W)."""
     height, width = x.shape[-2:]
     side = 2 ** (draw % max(height, width).bit_length())

@@ -158,7 +158,7 @@ class ShrinkingNES(Attack):
     def _start(self, oracle: Oracle, purse: Purse, streams: Streams) -> tuple[Tensor, Tensor]:
         """Return the rows for which an image of a wanted class was found, and the images."""
         if self.gallery is None:
-            return random_start(oracle, purse, streams, self.draws)
+            return random_start(oracle, purse, oracle.standing(), streams, self.draws)
         return self.gallery.start(oracle, purse, streams, self.draws)
 
     def _estimate(self, oracle: Oracle, rows: Tensor, state: State, streams: Streams) -> tuple[Tensor, Tensor]:

@@ -102,7 +102,7 @@ class Boundary(Attack):
     def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
         """Find a start, bring it to the boundary, and walk."""
         purse = Purse(oracle, self.queries)
-        rows, points = random_start(oracle, purse, streams, self.draws)
+        rows, points = random_start(oracle, purse, oracle.standing(), streams, self.draws)
         points = bisect(oracle, purse, rows, points, START_HALVINGS)
         walk = _Walk.start(rows, points, self.spherical_step, self.source_step)
         for step in range(1, self.steps + 1):

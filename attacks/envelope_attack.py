@@ -101,7 +101,7 @@ class EnvelopeAttack(FMN):
             denied = denied[oracle.still(rows[denied], once)]
             if len(denied):
                 value[denied], slope[denied] = latents.ask(oracle, search.points[denied], rows[denied], loss, anew=True)
-            search = search.step(fooled, value, slope, *self._sizes(share))
+            search = search.step(fooled, value, slope, *self._sizes(share, search))
         keep = oracle.still(rows, oracle.judge_cost)
         if len(keep):
             oracle.judge(search.points[keep], rows[keep])
@@ -184,7 +184,9 @@ class _AcrossTheCut(Search):
         return replace(super().take(keep), gains=self.gains[keep])
 
     @torch.no_grad()
-    def step(self, fooled: Tensor, value: Tensor, gradient: Tensor, length: float, share: float) -> _AcrossTheCut:
+    def step(
+        self, fooled: Tensor, value: Tensor, gradient: Tensor, length: float | Tensor, share: float
+    ) -> _AcrossTheCut:
         """Return the searches with another radius, and other pixels within it."""
         share = min(QUICKER * share, 0.5)
         distance = self.threat.distance(self.points, self.x).to(self.radius.dtype)

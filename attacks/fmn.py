@@ -12,7 +12,7 @@ inside the ball; the estimate of the distance is trusted for the length of one s
 model would be approached from below and never crossed. The loss anneals from a soft margin, whose direction is that of
 the cross-entropy (DDN's loss), to the margin (the original's loss). Further: the last point is judged (one pass more
 than `steps`); with a budget, the radius never exceeds it; l0 counts pixels unless the threat counts coordinates, and
-its radius never falls below 1; there are no adversarial starting points.
+its radius never falls below 1; the search from adversarial starting points is an attack of its own, `FarFMN`.
 """
 
 from __future__ import annotations
@@ -74,23 +74,26 @@ class FMN(Attack):
     def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
         """Search each sample's nearest adversarial example from the clean image; deterministic."""
         rows = oracle.standing(oracle.gradient_cost)
-        search = Search.start(x[rows], cast(Lp, threat).take(rows))
+        self._close_in(oracle, rows, Search.start(x[rows], cast(Lp, threat).take(rows)))
+        return oracle.best
+
+    def _close_in(self, oracle: Oracle, rows: Tensor, search: Search) -> None:
+        """Take the steps of the searches for `rows` (n,), and judge where each of them ends."""
         for step in range(self.steps):
             if step % oracle.compact_every == 0:
                 keep = oracle.still(rows, oracle.gradient_cost)
                 rows, search = rows[keep], search.take(keep)
             if len(rows) == 0:
-                return oracle.best
+                return
             cosine = (1 + math.cos(math.pi * step / self.steps)) / 2
             value, gradient = oracle.gradient(search.points, rows, partial(soft_margin, temperature=cosine))
-            search = search.step(oracle.verdict, value, gradient, *self._sizes(cosine))
+            search = search.step(oracle.verdict, value, gradient, *self._sizes(cosine, search))
         keep = oracle.still(rows, oracle.judge_cost)
         if len(keep):
             oracle.judge(search.points[keep], rows[keep], margin)
-        return oracle.best
 
-    def _sizes(self, cosine: float) -> tuple[float, float]:
-        """Return the l2 length of a step, and the share by which radii change."""
+    def _sizes(self, cosine: float, search: Search) -> tuple[float | Tensor, float]:
+        """Return the l2 length of a step, for all or (n, 1, 1, 1), and the share by which radii change."""
         final = self.alpha_init / 100 if self.alpha_final is None else self.alpha_final
         return (
             final + (self.alpha_init - final) * cosine,

@@ -68,7 +68,7 @@ class Gallery:
             asked[rows, chosen] = True
             return self.images.to(oracle.x)[chosen], fits.gather(1, chosen.unsqueeze(1)).squeeze(1)
 
-        return search_start(oracle, purse, streams, draws, draw)
+        return search_start(oracle, purse, oracle.standing(), streams, draws, draw)
 
     def _wanted(self, goal: Goal) -> Tensor:
         """Say which images have the target's class, or another one than the true one: bool (n, N)."""

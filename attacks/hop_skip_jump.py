@@ -79,7 +79,7 @@ class HopSkipJump(Attack):
         geometry = _Geometry.of(cast(Lp, threat).norm, x.shape[1:].numel(), self.gamma)
         halvings = max(1, math.ceil(-math.log2(geometry.theta)))
         reserve = halvings + 1  # for one jump, and the way back
-        rows, points = random_start(oracle, purse, streams, self.draws)
+        rows, points = random_start(oracle, purse, oracle.standing(), streams, self.draws)
         points = bisect(oracle, purse, rows, points, halvings, geometry.blend)
         for t in range(1, self.iterations + 1):
             keep = purse.still(rows, reserve + 1)

@@ -5,10 +5,10 @@ Source: our own schedule of Auto-PGD (Croce and Hein 2020, 2003.01690; see APGD)
 estimate of their distance, as in MALT: Melamed, Yehudai and Shamir 2024, "MALT Powers Up Adversarial Attacks"
 (2407.02240).
 Departures: MALT runs Auto-PGD with 100 steps towards 9 targets; here every sample meets two targets, and the
-cross-entropy twice, for 25 steps each, then, in l2 and l1, FAB towards four classes; only those that came close to
-falling go on, in l2 and l1 with FAB from random starts too, and with Square at the end. FAB is there for nets trained
-against linf: in the other norms their gradients mislead Auto-PGD, at any length, and a sample that it leaves far from
-falling would be given up.
+cross-entropy twice, for 25 steps each, then, in l2 and l1, searches from noise (FarFMN); only those that came close to
+falling go on, at the end with Square. FarFMN is there for nets trained against linf: in the other norms their gradients
+mislead Auto-PGD, at any length, and a sample that it leaves far from falling would be given up. It finds what
+AutoAttack needs FAB towards nine classes and Square for.
 
 `benchmarks/quick_auto_attack.py` prints how it compares with AutoAttack, in robust accuracy and in time.
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 from robustbench_lite.attacks._targets import Towards, difference, likeliest_targets
 from robustbench_lite.attacks.apgd import APGD
 from robustbench_lite.attacks.base import Attack
-from robustbench_lite.attacks.fabt import FABT
+from robustbench_lite.attacks.far_fmn import FarFMN
 from robustbench_lite.attacks.square import Square
 from robustbench_lite.core.goals import Goal, Targeted
 from robustbench_lite.core.losses import margin
@@ -44,9 +44,8 @@ class QuickAutoAttack(Attack):
     Attributes:
         steps: gradient steps in each run.
         targets: nearest wrong classes that every sample meets.
-        boundary_steps: steps of FAB towards each class, in l2 and l1.
-        boundary_targets: likeliest classes that FAB heads for, one after the other.
-        boundary_restarts: random starts of FAB towards the likeliest class, for those that nearly fell.
+        far_steps: steps of each search from noise, in l2 and l1.
+        far_restarts: such searches; as many again for those that nearly fell.
         close: go on with a sample when the margin at its best point is at most this share of the clean one.
         rounds: further runs of each kind for these samples, with one more target.
         queries: most queries of a last search without gradients (Square) on these samples; none in l1.
@@ -58,25 +57,15 @@ class QuickAutoAttack(Attack):
 
     steps: int = 25
     targets: int = 2
-    boundary_steps: int = 75
-    boundary_targets: int = 4
-    boundary_restarts: int = 3
+    far_steps: int = 60
+    far_restarts: int = 3
     close: float = 0.2
     rounds: int = 4
     queries: int = 2000
     candidates: int = 9
 
     def __post_init__(self) -> None:
-        counts = (
-            "steps",
-            "targets",
-            "boundary_steps",
-            "boundary_targets",
-            "boundary_restarts",
-            "queries",
-            "candidates",
-        )
-        for name in counts:
+        for name in ("steps", "targets", "far_steps", "far_restarts", "queries", "candidates"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
@@ -96,16 +85,15 @@ class QuickAutoAttack(Attack):
         everyone = torch.ones(len(x), dtype=torch.bool, device=x.device)
         clean, aims = self._aims(oracle, x, goal, ball)
         self._round(oracle, aims[: self.targets], goal, ball, streams, everyone)
-        boundary = FABT(steps=self.boundary_steps, target_classes=self.boundary_targets)
+        far = FarFMN(steps=self.far_steps, restarts=self.far_restarts)
         if ball.norm != "linf":
-            boundary.search(oracle, oracle.standing(1), goal, ball, streams.fork(1))
+            far.search(oracle, oracle.standing(), ball, streams.fork(1))
         chosen = self._close(oracle, clean)
         for _ in range(self.rounds):
             self._round(oracle, aims[: self.targets + 1], goal, ball, streams, chosen)
         if ball.norm != "linf":
-            again = replace(boundary, restarts=self.boundary_restarts, target_classes=1)
-            rows = oracle.standing(1)
-            again.search(oracle, rows[chosen[rows]], goal, ball, streams.fork(2), clean_start=False)
+            rows = oracle.standing()
+            far.search(oracle, rows[chosen[rows]], ball, streams.fork(2))
         square = Square(queries=self.queries)
         if square.supports(threat):
             rows = oracle.standing(oracle.scores_cost)

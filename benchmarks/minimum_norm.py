@@ -1,11 +1,13 @@
-"""FMN against foolbox's minimum-norm attacks: the same images, the same number of steps, each on its whole batch.
+"""FMN, or FarFMN, against minimum-norm attacks of foolbox: the same images and number of steps, on the whole batch.
 
-One line a net, norm and peer: median distances (inf where fewer than half fall), how many images FMN, or the peer,
+One line a net, norm and peer: median distances (inf where fewer than half fall), how many images ours, or the peer,
 breaks at a smaller distance (an image that one alone breaks counts for it), the p-value of the sign test, and the mean
-of FMN's distance over the peer's where both fall. Steps are gradient steps; FMN judges its last point as well. EAD
-splits the steps over five binary searches; DeepFool stops by itself, and its steps cost ten gradients each.
+of our distance over the peer's where both fall. Steps are gradient steps; ours judges its last point as well. FarFMN
+splits them over three starts, EAD over five binary searches; DeepFool stops by itself, and its steps cost ten gradients
+each.
 
     RBL_DATA=... python benchmarks/minimum_norm.py --images 100 --steps 100
+    RBL_DATA=... python benchmarks/minimum_norm.py --images 100 --steps 180 --ours FarFMN
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ from nets import DATA, Subject, subjects
 from scipy.stats import binomtest
 from torch import Tensor
 
-from robustbench_lite.attacks import FMN
+from robustbench_lite.attacks import FMN, FarFMN
 from robustbench_lite.core.models import predict
 from robustbench_lite.core.threats import Lp
 from robustbench_lite.data import load_data
 from robustbench_lite.zoo import load_defense
 
+OURS = {"FMN": lambda steps: FMN(steps=steps), "FarFMN": lambda steps: FarFMN(steps=max(1, steps // 3), restarts=3)}
 HEADER = "  peer         median     peer falls  peer nearer farther        p  ratio      s   peer"
 PEERS: dict[str, dict[str, Callable[[int], Any]]] = {
     "l2": {"DDN": lambda steps: foolbox.attacks.DDNAttack(steps=steps)},
@@ -73,17 +76,17 @@ def row(peer: str, ours: Tensor, theirs: Tensor, seconds: tuple[float, float]) -
     return f"  {peer:10} {medians[0]:8.4f} {medians[1]:8.4f} {counts} {seconds[0]:6.1f} {seconds[1]:6.1f}"
 
 
-def compare(subject: Subject, norm: str, steps: int) -> None:
+def compare(subject: Subject, norm: str, steps: int, name: str) -> None:
     """Print the lines of one net and norm."""
     threat = Lp(norm, None)
     subject.model.requires_grad_(False)
     start = time.process_time()
-    ours = FMN(steps=steps)(subject.model, subject.x, subject.y, threat).distance
+    ours = OURS[name](steps)(subject.model, subject.x, subject.y, threat).distance
     spent = time.process_time() - start
-    for name, build in PEERS[norm].items():
+    for peer, build in PEERS[norm].items():
         start = time.process_time()
         theirs = peer_distances(build(steps), subject, threat)
-        print(row(name, ours, theirs, (spent, time.process_time() - start)), flush=True)
+        print(row(peer, ours, theirs, (spent, time.process_time() - start)), flush=True)
 
 
 def main() -> None:
@@ -91,6 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=100, help="images that each net gets right")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--ours", default="FMN", choices=list(OURS))
     parser.add_argument("--norms", nargs="*", default=["l2"], choices=list(PEERS))
     parser.add_argument("--nets", nargs="*", help="names; all where not given")
     options = parser.parse_args()
@@ -99,7 +103,7 @@ def main() -> None:
         for norm in options.norms if not options.nets or subject.name in options.nets else []:
             print(f"\n{subject.name}, {norm}, {len(subject.x)} images, {options.steps} steps")
             print(HEADER)
-            compare(subject, norm, options.steps)
+            compare(subject, norm, options.steps, options.ours)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def third_party(folder: Path) -> Iterator[Case]:
     """Nets that others trained, from the folder of shared data."""
     for file, norm, eps in [
         ("mnist_small_adv.pth", "linf", 0.3),
+        ("mnist_small_adv.pth", "l2", 1.5),
         ("mnist_small_wong_kolter.pth", "linf", 0.1),
         ("cifar_small_adv.pth", "linf", 2 / 255),
         ("cifar_small_adv.pth", "l2", 0.25),
@@ -85,7 +86,12 @@ def cases(folder: Path) -> Iterator[Case]:
         ("mnist/standard", "l2", 1.0),
         ("mnist/pgd_at_0.3", "linf", 0.3),
         ("mnist/pgd_at_0.3", "l2", 2.0),
+        ("mnist/pgd_at_0.3", "l1", 10.0),
+        ("mnist/pgd_at_l2_2", "l2", 2.0),
+        ("mnist/trades_0.3", "l2", 1.5),
         ("mnist/ibp_0.3", "linf", 0.3),
+        ("mnist/ibp_0.3", "l2", 1.0),
+        ("mnist/mtl_ibp_0.3", "l2", 1.0),
     ]:
         yield name, load_defense(name), name.split("/")[0], Lp(norm, eps)
     yield from third_party(folder / "nets")
@@ -135,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--only", nargs="*", default=[], help="parts of the names of nets")
+    parser.add_argument("--norms", nargs="*", default=list(PEER_NORMS), choices=list(PEER_NORMS))
     parser.add_argument("--skip-auto", action="store_true", help="leave our own AutoAttack out")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -143,7 +150,7 @@ def main() -> None:
         f"{options.images} images; robust accuracy in % (process time in s); times: how many times faster than the last"
     )
     for name, net, data, threat in cases(folder):
-        if options.only and not any(part in name for part in options.only):
+        if threat.norm not in options.norms or (options.only and not any(part in name for part in options.only)):
             continue
         x, y = images_of(data, folder, options.images)
         with frozen(net):

@@ -1,13 +1,13 @@
 """The three-norm table: defenses that were made for one norm, under the others too.
 
 Accuracy under the worst of PGD (40 steps, 2 restarts, margin loss), QuickAutoAttack and Square (1,000 queries), where
-they support the norm, FMN, in l0 Foolbox's Pointwise attack, and what the defense names in `adaptive_attacks`; `all` is
-the share that no attack in any of the norms brings down. An attack sees the samples that still stand. Medians are those
+they support the norm, FMN and FarFMN, in l0 Foolbox's Pointwise attack, and what the defense names in
+`adaptive_attacks`; `all` is the share that no attack in any of the norms brings down. An attack sees the samples that still stand. Medians are those
 of the smallest l2 distance that the attacks without a budget find, over fewer images (a wrong answer to the clean image
 is a distance of 0).
 
-`--suite short` is for defenses that are slow to answer: of the attacks above PGD (40 steps, one start), FMN, Pointwise
-and what the defense names; `--suite own` for those that take 50 ms (ABS): Pointwise and what the defense names.
+`--suite short` is for defenses that are slow to answer: of the attacks above PGD (40 steps, one start), FMN, FarFMN,
+Pointwise and what the defense names; `--suite own` for those that take 50 ms (ABS): Pointwise and what the defense names.
 
     RBL_DATA=... python benchmarks/three_norms.py --images 1000 --medians 100
     RBL_DATA=... python benchmarks/three_norms.py --entries nearest_neighbour --suite short
@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from robustbench_lite.attacks import FMN, PGD, FoolboxAttack, QuickAutoAttack, Square
+from robustbench_lite.attacks import FMN, PGD, FarFMN, FoolboxAttack, QuickAutoAttack, Square
 from robustbench_lite.attacks.base import Attack
 from robustbench_lite.core.models import predict
 from robustbench_lite.core.threats import Lp
@@ -41,8 +41,8 @@ from robustbench_lite.zoo import load_defense
 ENTRIES = ("standard", "pgd_at_0.3", "pgd_at_l2_2", "abs", "binary_abs", "ibp_0.3", "nearest_neighbour")
 BUDGETS = {"linf": 0.3, "l2": 2.0, "l1": 10.0, "l0": 12.0}
 SUITES: dict[str, list[Attack]] = {
-    "full": [PGD(loss="margin", restarts=2), FMN(), QuickAutoAttack(), Square(queries=1000)],
-    "short": [PGD(loss="margin"), FMN()],
+    "full": [PGD(loss="margin", restarts=2), FMN(), FarFMN(steps=100), QuickAutoAttack(), Square(queries=1000)],
+    "short": [PGD(loss="margin"), FMN(), FarFMN()],
     "own": [],
 }
 POINTWISE = FoolboxAttack("PointwiseAttack")
@@ -65,7 +65,7 @@ def accuracies(model: nn.Module, data: Dataset, norms: list[str], options: argpa
 def median(model: nn.Module, data: Dataset, suite: str) -> str:
     """Return the median over the images of the distance in l2 to the nearest example that an attack finds."""
     own = model.adaptive_attacks(UNLIMITED) if isinstance(model, Wrapper) else []
-    general = [] if suite == "own" else [FMN(steps=200)]
+    general: list[Attack] = [] if suite == "own" else [FMN(steps=200), FarFMN(steps=100)]
     attacks = [attack for attack in [*general, *own] if attack.supports(UNLIMITED)]
     x, y, view = data.images, data.labels, model.attack_view() if isinstance(model, Wrapper) else None
     with torch.no_grad():

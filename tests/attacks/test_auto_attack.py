@@ -161,20 +161,33 @@ def test_only_samples_that_came_close_go_on(net, images):
     assert (thorough.backwards[stand] == 3 + first_round + 3 * later_round).all()
 
 
-def test_boundary_restarts_are_for_those_that_came_close(net, images):
+def test_more_searches_from_noise_are_for_those_that_came_close(net, images):
     y, threat = predict(net, images), Lp("l2", 0.05)
 
     def backwards(close, restarts):
-        attack = QuickAutoAttack(close=close, rounds=0, queries=9, boundary_steps=6, boundary_restarts=restarts)
+        attack = QuickAutoAttack(close=close, rounds=0, queries=9, far_steps=6, far_restarts=restarts)
         result = attack(net, images, y, threat)
         return result.backwards.where(~result.success, -1)
 
     stand = backwards(1, 3) > 0
     assert stand.sum() >= 5
-    assert torch.equal(backwards(0, 3)[stand], backwards(0, 1)[stand])
-    once, thrice = (backwards(1, restarts)[stand] - backwards(0, 1)[stand] for restarts in (1, 3))
-    assert (once >= 7).all()  # a gradient where each step starts, and at the end of the last
-    assert (thrice >= 3 * 7).all()
+    for restarts in (1, 3):
+        once, again = (backwards(close, restarts)[stand] for close in (0, 1))
+        assert (once == 3 + 4 * 25 + 6 * restarts).all()
+        assert torch.equal(again - once, torch.full_like(once, 6 * restarts))
+
+
+def test_in_l2_and_l1_it_sees_across_a_flat_place():
+    """Gradients are zero around the image; one pixel near white is enough for the other class."""
+
+    def model(x):
+        score = 3 * (x - 0.5).clamp_min(0).flatten(1).amax(dim=1)
+        return torch.stack([torch.ones_like(score), score], dim=1)
+
+    x, y = torch.full((6, 1, 4, 4), 0.2, dtype=torch.float64), torch.zeros(6, dtype=torch.int64)
+    for norm in ("l2", "l1"):
+        assert QuickAutoAttack(queries=1)(model, x, y, Lp(norm, 0.8)).success.all()  # 1/2 + 1/3 - 0.2 = 0.633
+        assert not QuickAutoAttack(queries=1)(model, x, y, Lp(norm, 0.63)).success.any()
 
 
 def test_a_targeted_goal_needs_no_ranking(net, images):
@@ -190,7 +203,7 @@ def test_bad_settings_say_what_is_wrong():
         ({"rounds": -1}, "rounds must be a whole number"),
         ({"close": -0.1}, "close must be at least 0"),
         ({"queries": 0}, "queries must be"),
-        ({"boundary_restarts": 0}, "boundary_restarts must be"),
+        ({"far_restarts": 0}, "far_restarts must be"),
     ]:
         with pytest.raises(ValueError, match=message):
             QuickAutoAttack(**options)
