@@ -2,12 +2,13 @@
 
 Accuracy under the worst of PGD (40 steps, 2 restarts, margin loss), QuickAutoAttack and Square (1,000 queries), where
 they support the norm, FMN and FarFMN, in l0 Foolbox's Pointwise attack, and what the defense names in
-`adaptive_attacks`; `all` is the share that no attack in any of the norms brings down. An attack sees the samples that still stand. Medians are those
-of the smallest l2 distance that the attacks without a budget find, over fewer images (a wrong answer to the clean image
-is a distance of 0).
+`adaptive_attacks`; `all` is the share that no attack in any of the norms brings down. An attack sees the samples that
+still stand. Medians are those of the smallest l2 distance that the attacks without a budget find, over fewer images (a
+wrong answer to the clean image is a distance of 0).
 
 `--suite short` is for defenses that are slow to answer: of the attacks above PGD (40 steps, one start), FMN, FarFMN,
-Pointwise and what the defense names; `--suite own` for those that take 50 ms (ABS): Pointwise and what the defense names.
+Pointwise and what the defense names; `--suite own` for those that take 50 ms (ABS): Pointwise and what the defense
+names.
 
     RBL_DATA=... python benchmarks/three_norms.py --images 1000 --medians 100
     RBL_DATA=... python benchmarks/three_norms.py --entries nearest_neighbour --suite short
