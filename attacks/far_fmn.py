@@ -55,7 +55,7 @@ class FarFMN(FMN):
     steps: int = 60
     alpha_init: float = 0.3
     gamma_init: float = 0.3
-    restarts: int = 3
+    restarts: int = 5
     draws: int = 10
     halvings: int = 8
 

@@ -58,7 +58,7 @@ class QuickAutoAttack(Attack):
     steps: int = 25
     targets: int = 2
     far_steps: int = 60
-    far_restarts: int = 3
+    far_restarts: int = 5
     close: float = 0.2
     rounds: int = 4
     queries: int = 2000

@@ -3,11 +3,11 @@
 One line a net, norm and peer: median distances (inf where fewer than half fall), how many images ours, or the peer,
 breaks at a smaller distance (an image that one alone breaks counts for it), the p-value of the sign test, and the mean
 of our distance over the peer's where both fall. Steps are gradient steps; ours judges its last point as well. FarFMN
-splits them over three starts, EAD over five binary searches; DeepFool stops by itself, and its steps cost ten gradients
+splits them over five starts, EAD over five binary searches; DeepFool stops by itself, and its steps cost ten gradients
 each.
 
     RBL_DATA=... python benchmarks/minimum_norm.py --images 100 --steps 100
-    RBL_DATA=... python benchmarks/minimum_norm.py --images 100 --steps 180 --ours FarFMN
+    RBL_DATA=... python benchmarks/minimum_norm.py --images 100 --steps 300 --ours FarFMN
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from robustbench_lite.core.threats import Lp
 from robustbench_lite.data import load_data
 from robustbench_lite.zoo import load_defense
 
-OURS = {"FMN": lambda steps: FMN(steps=steps), "FarFMN": lambda steps: FarFMN(steps=max(1, steps // 3), restarts=3)}
+OURS = {"FMN": lambda steps: FMN(steps=steps), "FarFMN": lambda steps: FarFMN(steps=max(1, steps // 5))}
 HEADER = "  peer         median     peer falls  peer nearer farther        p  ratio      s   peer"
 PEERS: dict[str, dict[str, Callable[[int], Any]]] = {
     "l2": {"DDN": lambda steps: foolbox.attacks.DDNAttack(steps=steps)},
