@@ -37,7 +37,7 @@ class Search:
     @classmethod
     def start(cls, x: Tensor, threat: Lp) -> Self:
         """Return the search at the clean images."""
-        low, high = threat.bounds
+        low, high = (x.new_tensor(bound) for bound in threat.bounds)
         widest = threat.distance(torch.where(x - low > high - x, low, high), x).to(x.dtype)
         if threat.eps is not None:
             widest = torch.minimum(widest, threat.radius(x).reshape(-1))

@@ -79,18 +79,9 @@ class FABT(Attack):
 
     def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
         """Approach the boundary to each class in turn, on the samples that still search."""
-        self.search(oracle, oracle.standing(1), goal, cast(Lp, threat), streams)
-        return oracle.best
-
-    def search(
-        self, oracle: Oracle, rows: Tensor, goal: Goal, threat: Lp, streams: Streams, *, clean_start: bool = True
-    ) -> None:
-        """Search for `rows`, int64 (n,), of the batch; goal, threat and streams are those of the whole batch.
-
-        Without `clean_start` all starts are random, for samples that were met from the clean image before.
-        """
+        rows, ball = oracle.standing(1), cast(Lp, threat)
         if len(rows) == 0:
-            return
+            return oracle.best
         duels: list[tuple[Loss, Goal]] = [(margin, goal)]
         if not isinstance(goal, Targeted):
             rivals = self._rivals(oracle, rows, goal)
@@ -98,9 +89,9 @@ class FABT(Attack):
         for loss, aim in duels:
             for restart in range(self.restarts):
                 rows = rows[oracle.still(rows, oracle.gradient_cost)]
-                first = clean_start and restart == 0
-                start = oracle.x[rows] if first else self._start(oracle, threat, rows, streams.take(rows))
-                self._approach(oracle, threat, rows, start, loss, aim)
+                start = self._start(oracle, ball, rows, streams.take(rows)) if restart else oracle.x[rows]
+                self._approach(oracle, ball, rows, start, loss, aim)
+        return oracle.best
 
     def _rivals(self, oracle: Oracle, rows: Tensor, goal: Goal) -> list[Tensor]:
         """Return the classes to try, most likely first: labels int64 (B,) of the whole batch each."""

@@ -3,8 +3,8 @@
 One line a net, norm and peer: median distances (inf where fewer than half fall), how many images ours, or the peer,
 breaks at a smaller distance (an image that one alone breaks counts for it), the p-value of the sign test, and the mean
 of our distance over the peer's where both fall. Steps are gradient steps; ours judges its last point as well. FarFMN
-splits them over five starts, EAD over five binary searches; DeepFool stops by itself, and its steps cost ten gradients
-each.
+splits them over five starts, each of which costs up to 19 more forward passes, EAD over five binary searches; DeepFool
+stops by itself, and its steps cost ten gradients each.
 
     RBL_DATA=... python benchmarks/minimum_norm.py --images 100 --steps 100
     RBL_DATA=... python benchmarks/minimum_norm.py --images 100 --steps 300 --ours FarFMN

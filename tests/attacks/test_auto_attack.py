@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from robustbench_lite.attacks import APGD, FABT, AutoAttack, QuickAutoAttack, Square, auto_attack
+from robustbench_lite.attacks import APGD, FABT, AutoAttack, FarFMN, QuickAutoAttack, Square, auto_attack
 from robustbench_lite.core.goals import Targeted, Untargeted
 from robustbench_lite.core.losses import margin
 from robustbench_lite.core.models import predict
@@ -161,8 +161,9 @@ def test_only_samples_that_came_close_go_on(net, images):
     assert (thorough.backwards[stand] == 3 + first_round + 3 * later_round).all()
 
 
-def test_more_searches_from_noise_are_for_those_that_came_close(net, images):
-    y, threat = predict(net, images), Lp("l2", 0.05)
+@pytest.mark.parametrize(("norm", "searches"), [("linf", 0), ("l2", 1), ("l1", 1)])
+def test_more_searches_from_noise_are_for_those_that_came_close(norm, searches, net, images):
+    y, threat = predict(net, images), Lp(norm, 0.01)
 
     def backwards(close, restarts):
         attack = QuickAutoAttack(close=close, rounds=0, queries=9, far_steps=6, far_restarts=restarts)
@@ -173,8 +174,21 @@ def test_more_searches_from_noise_are_for_those_that_came_close(net, images):
     assert stand.sum() >= 5
     for restarts in (1, 3):
         once, again = (backwards(close, restarts)[stand] for close in (0, 1))
-        assert (once == 3 + 4 * 25 + 6 * restarts).all()
-        assert torch.equal(again - once, torch.full_like(once, 6 * restarts))
+        assert (once == 3 + 4 * 25 + 6 * restarts * searches).all()
+        assert (again - once == 6 * restarts * searches).all()
+
+
+def test_its_second_searches_from_noise_begin_elsewhere(net, images, monkeypatch):
+    drawn = []
+
+    def search(self, oracle, rows, threat, streams):
+        drawn.append(streams.take(rows).uniform(4))
+
+    monkeypatch.setattr(FarFMN, "search", search)
+    QuickAutoAttack(close=1, rounds=0, queries=9)(net, images, predict(net, images), Lp("l2", 0.01))
+    first, second = drawn
+    assert len(first) == len(second) >= 5
+    assert (first != second).all()
 
 
 def test_in_l2_and_l1_it_sees_across_a_flat_place():

@@ -161,25 +161,6 @@ def test_random_starts_lie_within_half_the_budget(net, images):
         assert distance.min() > eps / 6
 
 
-def test_a_search_may_leave_the_clean_start_out(net, images):
-    from robustbench_lite.core.goals import Untargeted
-    from robustbench_lite.core.oracle import Oracle
-    from robustbench_lite.core.rng import Streams
-
-    goal, threat, rows = Untargeted(predict(net, images)), Lp("l2", 0.2), torch.arange(12)
-    spent = []
-    for clean_start in (True, False):
-        first: list[torch.Tensor] = []
-        with Oracle(net, images, goal, threat) as oracle:
-            ask = oracle.gradient
-            oracle.gradient = lambda points, *more, ask=ask, first=first: (first.append(points), ask(points, *more))[1]
-            drawn = Streams.from_generator(None, rows)
-            FABT(steps=3, target_classes=1).search(oracle, rows, goal, threat, drawn, clean_start=clean_start)
-            spent.append(int(oracle.backwards.sum()))
-        assert torch.equal(first[0], images) == clean_start
-    assert min(spent) > 0
-
-
 def test_hyper_parameters_are_checked():
     for options, message in [
         ({"steps": 0}, "steps must be a whole number"),

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from robustbench_lite.attacks import FMN, FarFMN
-from robustbench_lite.core.goals import Targeted
+from robustbench_lite.attacks import FMN, FarFMN, far_fmn
+from robustbench_lite.core.goals import Targeted, Untargeted
 from robustbench_lite.core.models import predict
+from robustbench_lite.core.oracle import Oracle
+from robustbench_lite.core.rng import Streams
 from robustbench_lite.core.threats import Lp
 
 DUAL = {"linf": 1, "l2": 2, "l1": math.inf}
@@ -122,6 +124,81 @@ def test_with_a_budget_a_start_ends_the_search_that_falls_inside(net, images):
     assert (near.backwards <= 60).all()  # the first start was enough
     assert (far.backwards[~far.success] == 120).all()
     assert far.success.sum() <= 2
+
+
+def asked(attack, net, x, y, threat):
+    """The points of each question about a gradient, whose rows are all of the batch."""
+    points = []
+
+    class Spy(Oracle):
+        def gradient(self, at, rows, *args, **kwargs):
+            points.append(at.clone())
+            return super().gradient(at, rows, *args, **kwargs)
+
+    with Spy(net, x, Untargeted(y), threat) as oracle:
+        attack.run(oracle, x, oracle.goal, threat, Streams.from_generator(None, torch.arange(len(x))))
+    return points
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1", "l0"])
+def test_a_search_begins_where_the_halved_way_from_noise_meets_the_boundary(norm, monkeypatch):
+    """On a way that only gains there is one such place: the least of 256 shares that fools, by brute force."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)).double()
+    x, length = (torch.rand(12, 1, 4, 4, dtype=torch.float64, generator=draw(seed)) for seed in (2, 3))
+    with torch.no_grad():
+        net[1].weight.copy_(torch.randn(2, 16, generator=draw(1)))
+        net[1].bias.copy_(-net[1].weight.sum(dim=1) / 2)
+    y = predict(net, x)
+    gains = (net[1].weight[1 - y] - net[1].weight[y]).detach().sign().reshape(x.shape)
+    far = (x + gains * length).clamp(0, 1)
+    rows = (predict(net, far) != y).nonzero().flatten()
+    x, y, far = x[rows], y[rows], far[rows]
+    monkeypatch.setattr(far_fmn, "random_start", lambda oracle, purse, rows, *rest: (rows, far[rows]))
+    first = asked(FarFMN(restarts=1), net, x, y, Lp(norm, None))[0]
+    assert len(rows) >= 4
+    for i in range(len(rows)):
+        change = far[i : i + 1] - x[i : i + 1]
+        ways = [k / 256 * change for k in range(1, 257)]
+        if norm == "linf":
+            ways = [change.clamp(-k / 256 * change.abs().max(), k / 256 * change.abs().max()) for k in range(1, 257)]
+        least = next(way for way in ways if predict(net, x[i : i + 1] + way) != y[i])
+        assert torch.allclose(first[i], x[i] + least[0], rtol=0, atol=1e-9)
+
+
+def test_coarser_noise_is_tried_where_fine_noise_does_not_fool():
+    """Only the mean counts, which fine noise hardly moves."""
+
+    def model(x):
+        score = (x.mean(dim=(1, 2, 3)) - 0.5).abs() - 0.2
+        return torch.stack([torch.zeros_like(score), score], dim=1)
+
+    x, y = torch.full((12, 1, 6, 6), 0.5, dtype=torch.float64), torch.zeros(12, dtype=torch.int64)
+    fooled = [
+        int((predict(model, asked(FarFMN(restarts=1, draws=draws), model, x, y, Lp("l2", None))[0]) != y).sum())
+        for draws in (1, 10)
+    ]
+    assert fooled[0] == 0
+    assert fooled[1] >= 9
+
+
+def test_no_budget_binds_on_the_way_in(net, images):
+    y, eps = predict(net, images), torch.linspace(0.01, 0.02, 12, dtype=torch.float64)
+    points = asked(FarFMN(restarts=1), net, images, y, Lp("l2", eps))
+    for step in (0, 1):
+        assert ((points[step] - images).flatten(1).norm(dim=1) > 2 * eps).all()
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 0.1), (0.1, 0.4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_radii_stay_within_bounds_that_float32_cannot_hold(bounds, dtype):
+    low, high = bounds
+    x = low + (high - low) * torch.rand(6, 1, 4, 4, generator=draw(2)).round().to(dtype)
+
+    def stubborn(x):
+        return torch.stack([x.flatten(1).sum(dim=1) + 9, x.flatten(1)[:, 0]], dim=1)
+
+    result = FarFMN(restarts=1)(stubborn, x, torch.zeros(6, dtype=torch.int64), Lp("linf", None, bounds=bounds))
+    assert not result.success.any()
 
 
 def test_units_of_the_images_do_not_matter(net, images):
