@@ -121,7 +121,7 @@ def test_bisection_ends_beside_the_boundary_on_its_far_side(linear, images):
     streams = Streams.from_generator(None, torch.arange(12))
     with Oracle(net, images, goal, Lp("l2", None), access=Access.LABEL) as oracle:
         purse = Purse(oracle, None)
-        rows, far = random_start(oracle, purse, streams, 100)
+        rows, far = random_start(oracle, purse, oracle.standing(), streams, 100)
         near = bisect(oracle, purse, rows, far, 20)
     assert len(rows) == 12
     assert (predict(net, near) != goal.labels).all()
