@@ -4,7 +4,7 @@ Accuracy under the worst of PGD (40 steps, 2 restarts, margin loss), QuickAutoAt
 they support the norm, FMN and FarFMN, in l0 Foolbox's Pointwise attack, and what the defense names in
 `adaptive_attacks`; `all` is the share that no attack in any of the norms brings down. An attack sees the samples that
 still stand. Medians are those of the smallest l2 distance that the attacks without a budget find, over fewer images (a
-wrong answer to the clean image is a distance of 0).
+wrong answer to the clean image is a distance of 0); `--norms` without a norm measures them alone.
 
 `--suite short` is for defenses that are slow to answer: of the attacks above PGD (40 steps, one start), FMN, FarFMN,
 Pointwise and what the defense names; `--suite own` for those that take 50 ms (ABS): Pointwise and what the defense
@@ -27,7 +27,7 @@ from fallen import fallen
 from nets import DATA
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from robustbench_lite.attacks import FMN, PGD, FarFMN, FoolboxAttack, QuickAutoAttack, Square
 from robustbench_lite.attacks.base import Attack
@@ -59,21 +59,31 @@ def accuracies(model: nn.Module, data: Dataset, norms: list[str], options: argpa
         attacks += [POINTWISE] * (norm == "l0")
         report = evaluate(model, data, threat, attacks, mode="cascade", batch_size=100, store=options.store)
         down.append(fallen(report))
-    down.append(set[int]().union(*down))
+    down += [set[int]().union(*down)] * bool(norms)
     return [f"{100 * (1 - len(found) / len(data)):.1f}" for found in down]
 
 
-def median(model: nn.Module, data: Dataset, suite: str) -> str:
+def median(model: nn.Module, data: Dataset, suite: str, console: Console) -> str:
     """Return the median over the images of the distance in l2 to the nearest example that an attack finds."""
     own = model.adaptive_attacks(UNLIMITED) if isinstance(model, Wrapper) else []
     general: list[Attack] = [] if suite == "own" else [FMN(steps=200), FarFMN(steps=100)]
     attacks = [attack for attack in [*general, *own] if attack.supports(UNLIMITED)]
+    nearest, cell = torch.empty(0, dtype=torch.float64), "-"
+    for part in torch.arange(len(data)).split(100):
+        nearest = torch.cat([nearest, distances(model, data.take(part), attacks)])
+        cell = f"{nearest.sort().values[(len(nearest) - 1) // 2]:.2f}"
+        console.print(f"median l2 of the first {len(nearest)}: {cell}", style="dim", highlight=False)
+    return cell
+
+
+def distances(model: nn.Module, data: Dataset, attacks: list[Attack]) -> Tensor:
+    """Return the distance of each image to the nearest example that an attack finds in l2, float64 (B,)."""
     x, y, view = data.images, data.labels, model.attack_view() if isinstance(model, Wrapper) else None
     with torch.no_grad():
         nearest = torch.where(predict(model, x) == y, torch.inf, 0.0).double()
     for attack in attacks:
-        nearest = torch.minimum(nearest, attack(model, x, y, UNLIMITED, view=view).distance)
-    return f"{nearest.sort().values[(len(x) - 1) // 2]:.2f}"
+        nearest = torch.minimum(nearest, attack(model, x, y, UNLIMITED, view=view, indices=data.indices).distance)
+    return nearest
 
 
 def budget(text: str) -> tuple[str, float]:
@@ -99,13 +109,16 @@ def main() -> None:
     data = load_data(options.data, data_dir=DATA).sample(options.images, seed=0)
     title = f"{options.data}, {len(data)} images, {options.suite} suite"
     console, heads = Console(width=120), [f"{norm} {options.eps.get(norm, BUDGETS[norm]):g}" for norm in options.norms]
-    table = Table("defense", "clean", *heads, "all", "median l2", "s", title=title)
+    heads += ["all"] * bool(heads)
+    heads += ["median l2"] * bool(options.medians)
+    table = Table("defense", "clean", *heads, "s", title=title)
     for name in options.entries:
         start = time.process_time()
         model = load_defense(f"{options.data}/{name}", data_dir=DATA).eval()
         clean = fallen(evaluate(model, data, Lp("linf", 0.1), [], adaptive=False, batch_size=100))
         cells = [name, f"{100 * (1 - len(clean) / len(data)):.1f}", *accuracies(model, data, options.norms, options)]
-        cells += [median(model, data.head(min(options.medians, len(data))), options.suite) if options.medians else "-"]
+        if options.medians:
+            cells += [median(model, data.take(slice(options.medians)), options.suite, console)]
         cells += [f"{time.process_time() - start:.0f}"]
         console.print("  ".join(cells), style="dim", highlight=False)
         table.add_row(*cells)
