@@ -424,11 +424,15 @@ class Oracle:
         """Confirm apparent successes: most answers of each round must be ones too. Who cannot pay has not fallen.
 
         A search puts many candidates up, and a short vote is lost by luck every so often: who loses it has another,
-        longer one, whose draws are fresh.
+        longer one, whose draws are fresh. Points outside the threat are never kept, and have the short one alone.
         """
         confirmed = torch.zeros_like(success)
         lucky = success.nonzero().flatten()
-        for draws in rounds:
+        for number, draws in enumerate(rounds):
+            if number:
+                inside = self._within(points[lucky], rows[lucky])
+                confirmed[lucky[~inside]] = True
+                lucky = lucky[inside]
             lucky = lucky[self.still(rows[lucky], draws)]
             if len(lucky) == 0:
                 return confirmed
@@ -438,6 +442,9 @@ class Oracle:
             lucky = lucky[torch.stack(votes).sum(dim=0) > draws // 2]
         confirmed[lucky] = True
         return confirmed
+
+    def _within(self, points: Tensor, rows: Tensor) -> Tensor:
+        return self.threat.take(rows).contains(points, self.x[rows])
 
     def _predict(self, points: Tensor, rows: Tensor) -> Tensor:
         def ask(part: slice) -> tuple[Tensor, ...]:

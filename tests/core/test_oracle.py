@@ -216,6 +216,24 @@ def test_one_lucky_draw_does_not_fell_a_randomised_model(images):
         assert (o.forwards == 1).all()
 
 
+def test_a_randomised_model_votes_once_on_points_outside_the_threat(images):
+    """They are never kept; a search that walks out there wants to know all the same."""
+
+    class Wrong(nn.Module):
+        stochastic = True
+
+        def forward(self, x):
+            return torch.tensor([[0.0, 1.0]]).expand(len(x), 2)
+
+    goal, far = Untargeted(torch.zeros(12, dtype=torch.int64)), images.clone()
+    far[::2] = 1 - far[::2].round()  # farther than the budget
+    with Oracle(Wrong(), images, goal, THREAT) as o:
+        o.judge(far, torch.arange(12))
+    assert o.verdict.all()
+    assert o.forwards.tolist() == [21, 101] * 6
+    assert o.found.fallen.tolist() == [False, True] * 6
+
+
 def test_points_outside_the_threat_are_never_kept(net, images):
     y = predict(net, images)
     with Oracle(net, images, Untargeted((y + 1) % 4), THREAT) as o:  # everything is a success
