@@ -13,6 +13,7 @@ import torch
 
 from robustbench_lite.core.models import predict
 from robustbench_lite.core.threats import Lp
+from robustbench_lite.zoo.cards import card
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,6 +45,16 @@ def test_the_snippets_run(page, capsys):
     assert found
     for number, code in enumerate(found):
         exec(compile(code, f"{page}, snippet {number}", "exec"), {"__name__": "snippet"})
+
+
+def test_the_table_of_what_is_proven_holds_what_the_cards_hold():
+    section = (ROOT / "docs" / "defenses.md").read_text().split("## What is proven")[1].split("\n## ")[0]
+    lines = re.findall(r"^\| `(\S+)` \| (\S+) \| (\S+) \| (\S+) \|$", section, re.MULTILINE)
+    assert lines
+    for name, *cells in lines:
+        figures = card(name)["figures"]
+        kept = [figures.get(key) for key in ("clean", "certified_linf_0.1", "certified_linf_0.3")]
+        assert cells == ["-" if figure is None else f"{100 * figure['accuracy']:.2f}" for figure in kept], name
 
 
 @pytest.mark.parametrize("name", ["methods", "flags", "store"])
