@@ -7,7 +7,8 @@ Frequency Adversarial Perturbation" (1809.08758).
 Departures: each sample adapts its own two steps, over windows of 10 trials that start afresh (foolbox's run over 30
 and 100 of every tenth); a proposal that succeeds counts as a move along the sphere that does; binary search brings the
 start to the boundary. In a basis, too, proposals lose their part along the line to the clean image and return to the
-sphere: the public code of LF-Boundary takes, in pixels, another part off.
+sphere: the public code of LF-Boundary takes, in pixels, another part off. It keeps all frequencies unless told, and its
+authors search the share for each image; here a quarter of them along each axis is kept.
 """
 
 from __future__ import annotations

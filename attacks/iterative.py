@@ -82,7 +82,7 @@ class Ascent:
         random_start: start uniformly in the ball; False: at the clean image, which allows one run only.
         momentum: share of the last direction that is kept; gradients, each over its l1 norm, add up to it.
         estimator: where gradients come from.
-        basis: the images that a step may use; the gradient is projected on them.
+        basis: the changes that starts and steps may use; noise and gradients are projected on them.
 
     Raises:
         ValueError: a setting out of range.
@@ -117,14 +117,14 @@ class Ascent:
         """Run `restarts` ascents; the oracle keeps what is found. `streams` are those of the whole batch."""
         for _ in range(self.restarts):
             rows = oracle.standing(self.estimator.cost(oracle))
-            x = oracle.x[rows]
-            self(
-                oracle,
-                threat,
-                rows,
-                threat.take(rows).random_point(x, streams.take(rows)) if self.random_start else x,
-                streams,
-            )
+            self(oracle, threat, rows, self._start(oracle.x[rows], threat.take(rows), streams.take(rows)), streams)
+
+    def _start(self, x: Tensor, threat: Ball, streams: Streams) -> Tensor:
+        """Return where to begin, (n, C, H, W): a random start, too, keeps to the basis."""
+        if not self.random_start:
+            return x
+        points = threat.random_point(x, streams)
+        return points if isinstance(self.basis, Pixels) else threat.project(x + self.basis.project(points - x), x)
 
     def __call__(self, oracle: Oracle, threat: Ball, rows: Tensor, points: Tensor, streams: Streams) -> None:
         """Ascend from `points` (n, C, H, W) for `rows` of the batch; the oracle keeps what is found.

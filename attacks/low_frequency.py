@@ -29,6 +29,9 @@ class LowFrequencyNES(NES):
 
 @dataclass(frozen=True)
 class LowFrequencyPGD(PGD):
-    """PGD on the gradient's projection on the low frequencies."""
+    """PGD whose random start and gradients are projected on the low frequencies.
+
+    Signs of such a gradient (linf), sparse steps (l1) and the image bounds bring some of the others back.
+    """
 
     basis: Basis = field(default=DCT(0.5))

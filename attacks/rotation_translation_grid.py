@@ -80,34 +80,33 @@ class RotationTranslationGrid(Attack):
     def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
         """Ask about one block of points after the other, for the samples that still stand."""
         assert isinstance(threat, RotationTranslation)
-        if self.worst_of is None:
-            points = self.points(x, threat).expand(len(x), -1, -1)
-        else:
-            draws = [threat.random_point(x, streams) for _ in range(self.worst_of)]
-            points = torch.stack(draws, dim=1)
-        for block in _blocks(oracle, points.shape[1]):
+        grid = self.points(x, threat)
+        for block in _blocks(oracle, self.worst_of or len(grid)):
             size, rows = block.stop - block.start, oracle.standing(oracle.judge_cost)
             if len(rows) == 0:
                 break
+            if self.worst_of is None:
+                points = grid[block].expand(len(rows), -1, -1)
+            else:
+                points = torch.stack([threat.random_point(x[rows], streams.take(rows)) for _ in range(size)], dim=1)
             if size == 1:
-                oracle.judge(points[rows, block.start], rows, cross_entropy)
+                oracle.judge(points[:, 0], rows, cross_entropy)
                 continue
             able = torch.zeros_like(rows, dtype=torch.bool)
             able[oracle.still(rows, size + oracle.judge_cost)] = True
             if able.any():
-                chosen = rows[able]
-                oracle.judge(_worst(oracle, chosen, points[chosen, block]), chosen, cross_entropy)
-            _spend_the_rest(oracle, rows[~able], points[:, block])
+                oracle.judge(_worst(oracle, rows[able], points[able]), rows[able], cross_entropy)
+            _spend_the_rest(oracle, rows[~able], points[~able])
         return oracle.best
 
 
 def _spend_the_rest(oracle: Oracle, rows: Tensor, points: Tensor) -> None:
-    """Try the points (B, k, 3) one by one on samples that cannot pay for all of them at once."""
+    """Try the points (n, k, 3) one by one on samples that cannot pay for all of them at once."""
     for point in points.unbind(1):
-        rows = rows[oracle.still(rows, oracle.judge_cost)]
-        if len(rows) == 0:
+        keep = oracle.still(rows, oracle.judge_cost)
+        if len(keep) == 0:
             return
-        oracle.judge(point[rows], rows, cross_entropy)
+        oracle.judge(point[keep], rows[keep], cross_entropy)
 
 
 def _blocks(oracle: Oracle, count: int) -> Iterator[slice]:

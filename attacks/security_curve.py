@@ -9,11 +9,10 @@ warm start, and random starts in the larger ball serve it better than a point th
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -117,8 +116,9 @@ def security_curve(
         model: images (B, C, H, W) to logits (B, K).
         x: clean images (B, C, H, W), within the threat's bounds.
         y: labels int64 (B,), or a goal.
-        threat: a threat with an `eps`; its own value is not used.
-        eps: the budgets, strictly ascending, numbers or text such as "8/255"; 0 is added in front.
+        threat: its own budget is not used, but for rotations and translations, whose budgets are multiples of it.
+        eps: the budgets, strictly ascending, numbers or text such as "8/255", in the unit of the threat's `size` (of a
+            deformation pixels); 0 is added in front.
         max_queries: forward passes that each sample may spend at each budget.
         view: a differentiable stand-in to take gradients from.
         indices: the samples' names for their random streams, int64 (B,); default 0 .. B - 1.
@@ -127,11 +127,11 @@ def security_curve(
 
     Raises:
         TypeError: images or labels of the wrong type.
-        ValueError: budgets that are negative or not ascending, a threat without `eps` or that the attack does not
-            support, or unfit images, labels or indices.
+        ValueError: budgets that are negative or not ascending, a threat that has no other budgets or that the attack
+            does not support, or unfit images, labels or indices.
     """
     budgets = _ascending(eps)
-    threats = [_resized(threat, budget) for budget in budgets]
+    threats = [threat.resized(budget) for budget in budgets]
     goal, names = as_goal(y), torch.arange(len(x)) if indices is None else indices
     attack._check(x, goal, threats[-1], max_queries, "success", indices)
     source = torch.Generator().manual_seed(0) if generator is None else generator
@@ -170,10 +170,3 @@ def _ascending(eps: Sequence[float | str]) -> list[float]:
     if any(not low < high for low, high in itertools.pairwise(budgets)):
         raise ValueError(f"eps must be >= 0 and strictly ascending, got {list(eps)}")
     return budgets
-
-
-def _resized(threat: Threat, eps: float) -> Threat:
-    if not hasattr(threat, "eps"):
-        raise ValueError(f"a security curve needs a threat with an eps, such as Lp('linf', None), got {threat!r}")
-    resized: Threat = dataclasses.replace(cast(Any, threat), eps=eps)
-    return resized

@@ -180,7 +180,7 @@ def main() -> None:
         nets = [replace(s, view=Fast(s.model, **FAST[options.fast])) for s in nets]
     console = Console(width=140)
     for row in (ROWS[name] for name in options.rows.split(",")):
-        for s in filter(row.wanted, nets):
+        for s in (s for s in nets if options.wide or row.wanted(s)):
             part = replace(s, x=s.x[: row.images], y=s.y[: row.images])
             for peer in row.peers:
                 if peer not in PEERS:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Self
 
@@ -129,6 +129,10 @@ class RotationTranslation(ParametricThreat):
         """1: distances are shares of the budget."""
         return 1.0
 
+    def resized(self, size: float) -> Self:
+        """Return the threat with this multiple of both its budgets."""
+        return replace(self, degrees=size * self.degrees, pixels=size * self.pixels)
+
     def padding(self) -> str:
         """Return "zeros": black comes in from outside."""
         return "zeros"
@@ -212,6 +216,10 @@ class Deformation(ParametricThreat):
     def size(self) -> float | None:
         """The largest displacement in pixels; None where it is None."""
         return None if self.pixels is None else float(self.pixels)
+
+    def resized(self, size: float) -> Self:
+        """Return the threat with this largest displacement in pixels."""
+        return replace(self, pixels=size)
 
     def padding(self) -> str:
         """Return "border": the edge repeats."""

@@ -6,8 +6,8 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, replace
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -41,6 +41,16 @@ class Threat(ABC):
     @abstractmethod
     def size(self) -> float | None:
         """The budget as one number; None for a minimum-norm threat, NaN for one budget a sample."""
+
+    def resized(self, size: float) -> Self:
+        """Return the threat with another budget, in the unit of `size`.
+
+        Raises:
+            ValueError: a threat without an `eps`, or a budget out of range.
+        """
+        if not hasattr(self, "eps"):
+            raise ValueError(f"{self!r} has one budget only: override `resized` for others")
+        return replace(cast(Any, self), eps=size)  # type: ignore[no-any-return]
 
     def check_fits(self, x: Tensor) -> None:  # noqa: B027  (most budgets fit all images)
         """Check that the budget makes sense for images `x` (B, C, H, W).

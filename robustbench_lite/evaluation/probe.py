@@ -79,7 +79,7 @@ class _Trials:
 
     def falls(self, attack: Attack, eps: float | None = None, view: Model | None = None) -> Tensor:
         """Return which samples (B,) fall, on the CPU; at another budget, or by another view, if one is given."""
-        threat = self.threat if eps is None else replace(self.threat, eps=eps)
+        threat = self.threat if eps is None else self.threat.resized(eps)
 
         def ask(rows: slice) -> Tensor:
             result = attack(

@@ -150,7 +150,7 @@ def test_low_frequency_attacks_are_a_basis_and_stay_in_its_span():
     images = grey(4)
     low = DCT(0.5)
     # One l2 step from the middle of the box: nothing is clipped, so the change is in the span.
-    for attack in (LowFrequencyNES(), LowFrequencyPGD(random_start=False)):
+    for attack in (LowFrequencyNES(), LowFrequencyPGD()):
         change = attack(model, images, torch.zeros(4, dtype=torch.int64), Lp("l2", 0.3), max_queries=400).x_adv - images
         assert torch.allclose(low.project(change), change, atol=1e-9)
         assert change.abs().max() > 0

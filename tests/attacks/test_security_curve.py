@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
-from robustbench_lite.attacks import FGSM, FMN, PGD, RandomNoise, RotationTranslationGrid, security_curve
+from robustbench_lite.attacks import FGSM, FMN, PGD, ADef, RandomNoise, RotationTranslationGrid, security_curve
 from robustbench_lite.core.goals import Targeted
 from robustbench_lite.core.models import predict
-from robustbench_lite.core.spatial import RotationTranslation
+from robustbench_lite.core.spatial import Deformation, ParametricThreat, RotationTranslation
 from robustbench_lite.core.threats import Lp
 
 EPS = [0.02, 0.05, 0.1, 0.2, 0.4]
@@ -119,6 +121,34 @@ def test_the_empty_batch_and_the_empty_list(net, images, y):
     assert clean.mean_error == clean.error.item() == pytest.approx(1 / 12)
 
 
+@pytest.mark.parametrize(
+    ("attack", "threat", "budgets"),
+    [
+        (RotationTranslationGrid(angles=7, shifts=3), RotationTranslation(20, 1), [0.25, 0.5, 1.0, 1.5]),
+        (ADef(), Deformation(1.0), [0.2, 0.5, 1.0]),
+    ],
+    ids=["rotation and translation", "deformation"],
+)
+def test_parametric_threats_have_budgets_too(attack, threat, budgets, net, images, y):
+    """Multiples of both for rotations and translations, pixels for deformations."""
+    curve = security_curve(attack, net, images, y, threat, budgets)
+    sized = [threat.resized(budget) for budget in budgets]
+    assert [limit.pixels for limit in sized] == budgets
+    separate = torch.stack([attack(net, images, y, limit).success for limit in sized])
+    assert torch.equal(curve.success[1:], separate.cummax(dim=0).values)
+    assert curve.success[-1].sum() > curve.success[0].sum()
+    assert torch.equal(predict(net.eval(), curve.x_adv) != y, curve.smallest.isfinite())
+
+
+@dataclass(frozen=True)
+class Fixed(ParametricThreat):
+    """A threat without a budget that could be another."""
+
+    bounds = (0.0, 1.0)
+    name, size = "fixed", 1.0
+    apply = check_fits = contains = distance = grid = origin = padding = project = random_point = steepest = None
+
+
 def test_bad_calls_say_what_is_wrong(net, images, y):
     for attack, threat, eps, message in [
         (PGD(), Lp("linf", None), [0.2, 0.1], "strictly ascending"),
@@ -127,7 +157,7 @@ def test_bad_calls_say_what_is_wrong(net, images, y):
         (PGD(), Lp("linf", None), ["8/256 px"], "number or a fraction"),
         (PGD(), Lp("linf", None), [8], "8/255"),
         (PGD(), Lp("l0", None), [1, 2], "does not support"),
-        (RotationTranslationGrid(), RotationTranslation(), [1.0], "threat with an eps"),
+        (PGD(), Fixed(), [1.0], "has one budget only"),
     ]:
         with pytest.raises(ValueError, match=message):
             security_curve(attack, net, images, y, threat, eps)
