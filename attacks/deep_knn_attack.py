@@ -7,6 +7,8 @@ their 1903.08333. With guides g_i, training samples near the point, half of the 
 (w = +1), and r the distance to the k-th neighbour in a layer, it minimises
     ||x' - x||^2 + c sum over layers and guides of max(0, w_i (||phi(x') - phi(g_i)||^2 - r^2) + 1e-5);
 guides and r are found anew every `refresh` steps, c is searched for each sample, and after a success fewer guides pull.
+This is a joint objective: neighbours of one other class in every layer make the answer wrong and credible at once, and
+a point counts where the defense is wrong and accepts it. A credibility has no gradient: it counts calibration samples.
 Departures: guides are nearest by the sum of the squared distances in all layers (there: in the first), and of one other
 class in the whole run. The image bounds are kept by clipping: the tanh of the original hardly moves black and white
 pixels. Points are judged more often. With a budget the distance is no part of the loss: steps go along the steepest
