@@ -6,20 +6,19 @@
 
 Each line: the median over paired runs, each pair with a seed of its own, of peer time / our time, our milliseconds, and
 of the last pair the share of samples that still stand after each, and McNemar's exact p-value for the difference
-between what the two found. `an image`: the same ratio of the time for each image that the net was asked about, whoever
-left when. `bound` is the ratio if our attack took no time beside the net's forward passes: for attacks without
-gradients on a CPU the most that can be had. Times on a CPU are those of the process (other work on the machine does not
-count), on a GPU those of CUDA events. A peer that is not installed is left out, and the table says so.
+between what the two found. `bound` is the ratio if our attack took no time beside the net's forward passes: for attacks
+without gradients on a CPU the most that can be had. `--share 0.01`: budgets so small that nobody falls; the ratio is
+then that of the time for a step of a sample. Times on a CPU are those of the process (other work on the machine does
+not count), on a GPU those of CUDA events. A peer that is not installed is left out, and the table says so.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,7 +28,7 @@ from peers import PEERS, Found
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import binomtest
-from torch import Tensor, nn
+from torch import Tensor
 
 from robustbench_lite.attacks import APGD, PGD, AutoAttack, Fast, QuickAutoAttack, RotationTranslationGrid, Square
 from robustbench_lite.attacks.base import Attack
@@ -110,29 +109,16 @@ def timed(run: Callable[[], Found], device: str) -> tuple[float, Found]:
     return begin.elapsed_time(end) / 1000, found
 
 
-@dataclass
-class Passes:
-    """The process seconds that the net's forward passes took, and the images that it was asked about."""
-
-    seconds: float = 0.0
-    images: int = 0
-
-
 @contextmanager
-def passes(s: Subject, wanted: bool) -> Iterator[Passes]:
-    """Yield what takes note of the net's forward passes, where that is wanted."""
-    noted = Passes()
-
-    def before(net: nn.Module, given: tuple[Tensor, ...]) -> None:
-        noted.images += len(given[0])
-        noted.seconds -= time.process_time()
-
-    def after(net: nn.Module, given: tuple[Tensor, ...], answer: Tensor) -> None:
-        noted.seconds += time.process_time()
-
-    handles = [s.model.register_forward_pre_hook(before), s.model.register_forward_hook(after)] if wanted else []
+def passes(s: Subject) -> Iterator[list[float]]:
+    """Yield a list that takes in the process seconds of each forward pass of the net."""
+    seconds: list[float] = []
+    handles = [
+        s.model.register_forward_pre_hook(lambda *_: seconds.append(-time.process_time())),
+        s.model.register_forward_hook(lambda *_: seconds.append(seconds.pop() + time.process_time())),
+    ]
     try:
-        yield noted
+        yield seconds
     finally:
         for handle in handles:
             handle.remove()
@@ -149,22 +135,18 @@ def fallen(found: Found, s: Subject) -> Tensor:
 def compare(row: Row, s: Subject, peer: str, repeat: int, device: str) -> list[str]:
     """Run both in turn, `repeat` times after a first time that warms up, and return a line of the table."""
     theirs = PEERS[peer]
-    ratios, bounds, ms, prices, found = [], [], [], [], {}
-    watched = device == "cpu" and s.view is None  # a hook would break up a compiled net
+    ratios, bounds, ms, found = [], [], [], {}
+    bounded = device == "cpu" and s.view is None  # a hook would break up a compiled net
     for number in range(repeat + 1 if repeat > 1 else 1):
         torch.manual_seed(number)
         np.random.seed(number)
-        with passes(s, watched) as own_passes:
+        with passes(s) if bounded else nullcontext([]) as forward:
             own_time, found["ours"] = timed(lambda seed=number: row.ours(s, seed), device)
-        with passes(s, watched) as peer_passes:
-            peer_time, found["theirs"] = timed(lambda seed=number: theirs(s, seed), device)
+        peer_time, found["theirs"] = timed(lambda seed=number: theirs(s, seed), device)
         if number or repeat == 1:
             ratios.append(peer_time / own_time)
+            bounds += [peer_time / sum(forward)] if bounded else []
             ms.append(1000 * own_time)
-            if watched:
-                bounds.append(peer_time / own_passes.seconds)
-                asked = peer_passes.images or math.nan  # ART runs the layers of a net itself
-                prices.append(peer_time / asked * own_passes.images / own_time)
     own, other = fallen(found["ours"], s), fallen(found["theirs"], s)
     only, missed = int((own & ~other).sum()), int((other & ~own).sum())
     p = binomtest(only, only + missed).pvalue if only + missed else 1.0
@@ -174,7 +156,7 @@ def compare(row: Row, s: Subject, peer: str, repeat: int, device: str) -> list[s
         s.name,
         peer,
         f"{statistics.median(ratios):.2f}",
-        *(f"{statistics.median(values):.2f}" if watched else "-" for values in (prices, bounds)),
+        f"{statistics.median(bounds):.2f}" if bounded else "-",
         f"{statistics.median(ms):.0f}",
         *stand,
         f"{p:.2g}",
@@ -190,12 +172,14 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--wide", action="store_true", help="a WideResNet-28-10 in place of the small nets")
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="of the budgets; at 0.01 none falls: time a sample-step"
+    )
     parser.add_argument("--fast", choices=FAST, help="our side searches in this mode, and decides in float32")
     options = parser.parse_args()
-    heads = ("peer / ours", "an image", "bound", "ours (ms)", "stand (ours)", "stand (peer)", "p")
-    table = Table("work", "net", "peer", *heads)
+    table = Table("work", "net", "peer", "peer / ours", "bound", "ours (ms)", "stand (ours)", "stand (peer)", "p")
     nets = [wide_resnet(options.images, options.device)] if options.wide else subjects(options.images, options.device)
-    nets = [s for s in nets if options.nets in s.name]
+    nets = [replace(s, eps=options.share * s.eps) for s in nets if options.nets in s.name]
     if options.fast:
         nets = [replace(s, view=Fast(s.model, **FAST[options.fast])) for s in nets]
     console = Console(width=140)
@@ -204,7 +188,7 @@ def main() -> None:
             part = replace(s, x=s.x[: row.images], y=s.y[: row.images])
             for peer in row.peers:
                 if peer not in PEERS:
-                    table.add_row(row.name, s.name, peer, "not installed", "", "", "", "", "", "")
+                    table.add_row(row.name, s.name, peer, "not installed", "", "", "", "", "")
                     continue
                 line = compare(row, part, peer, options.repeat, options.device)
                 console.print("  ".join(line))

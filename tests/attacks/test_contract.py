@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from robustbench_lite.attacks import Attack
+from robustbench_lite.attacks import Attack, NoiseAveraged, Transfer
 from robustbench_lite.core.goals import Targeted
 from robustbench_lite.core.models import predict
 from robustbench_lite.core.spatial import Deformation, RotationTranslation
 from robustbench_lite.core.threats import Lp, Threat
+from robustbench_lite.core.weighted import WeightedLp
 from tests.attacks.contract_cases import (
     CONFIGS,
     NAMES,
@@ -26,6 +27,7 @@ from tests.attacks.contract_cases import (
     generator,
     load,
     points_of,
+    spy,
     tensors,
     true_labels,
 )
@@ -56,6 +58,52 @@ def test_success_is_feasible_and_holds_on_a_fresh_forward_pass(case, net, images
     assert torch.equal(result.distance, torch.where(result.success, distance, torch.inf))
     assert torch.equal(result.first_success >= 0, result.success)
     assert (result.first_success <= result.forwards).all()
+
+
+@every_case
+def test_a_search_that_never_stops_falls_where_one_that_stops_does(case, net, images, y):
+    """Until a sample falls the two are the same search; what comes later is judged and paid for alike."""
+    rows, passes = slice(0, 3 if case.foolbox else 6), {}
+    spy(net, passes)
+    run = {"max_queries": case.queries, "indices": NAMES[rows], "generator": generator()}
+    result = case.attack(net, images[rows], y[rows], case.threat, stop="never", **run)
+    assert passes == {"forwards": result.forwards.sum(), "backwards": result.backwards.sum()}
+    assert result.forwards.max() <= case.queries
+    assert result.x_adv.isfinite().all()
+    assert case.threat.contains(points_of(result), images[rows]).all()
+    assert torch.equal(predict(net.eval(), result.x_adv) != y[rows], result.success)
+    assert torch.equal(result.first_success, case.first.first_success[rows])
+    assert torch.equal(result.success, case.first.success[rows])
+
+
+class Breaking(nn.Module):
+    """The net near the clean images, NaN farther than 0.1 from them."""
+
+    def __init__(self, net, clean):
+        super().__init__()
+        self.net, self.clean = net, clean.flatten(1)
+
+    def forward(self, x):
+        away = torch.cdist(x.flatten(1).detach(), self.clean).amin(dim=1) > 0.1
+        return self.net(x).masked_fill(away.unsqueeze(1), torch.nan)
+
+
+@every_case
+def test_a_model_that_breaks_on_the_way_has_fallen(case, net, images, y):
+    """NaN is a wrong answer wherever it is met, and leads no search astray."""
+    model, rows, passes = Breaking(net, images), slice(1, 4), {}
+    spy(model, passes)
+    result = case.attack(model, images[rows], y[rows], case.threat, max_queries=case.queries, generator=generator())
+    assert passes == {"forwards": result.forwards.sum(), "backwards": result.backwards.sum()}
+    assert result.forwards.max() <= case.queries
+    assert result.x_adv.isfinite().all()
+    assert case.threat.contains(points_of(result), images[rows]).all()
+    logits = model.eval()(result.x_adv)
+    assert torch.equal(logits.isnan().any(dim=1) | (logits.argmax(dim=1) != y[rows]), result.success)
+    if case.foolbox:
+        assert (result.success | ~case.first.success[rows]).all()
+    elif getattr(case.attack, "estimator", None) != NoiseAveraged():  # all its copies are far away: no slope to follow
+        assert result.success.all()
 
 
 @every_case
@@ -126,9 +174,12 @@ def test_the_model_and_the_global_randomness_are_left_alone(case):
         net = nn.Sequential(Viewed(), nn.Linear(60, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.ReLU(), nn.Linear(8, 3))
     net.double()[2].eval()
     net[1].weight.requires_grad_(False)
+    for p in net[:3].parameters():  # the last layer has none
+        p.grad = p.detach().clone()
     images = torch.rand(3, 3, 4, 5, dtype=torch.float64, generator=generator())
     state = {k: v.clone() for k, v in net.state_dict().items()}
     modes, flags = [m.training for m in net.modules()], [p.requires_grad for p in net.parameters()]
+    gradients = [p.grad for p in net.parameters()]
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     case.attack(net, images, torch.tensor([0, 1, 2]), case.threat, max_queries=30, generator=generator())
     assert torch.equal(torch.get_rng_state(), before[0])
@@ -136,8 +187,9 @@ def test_the_model_and_the_global_randomness_are_left_alone(case):
     assert random.getstate() == before[2]
     assert modes == [m.training for m in net.modules()]
     assert flags == [p.requires_grad for p in net.parameters()]
-    assert all(p.grad is None for p in net.parameters())
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
+    assert all(p.grad is g for p, g in zip(net.parameters(), gradients, strict=True))
+    assert all(torch.equal(p.grad, p) for p in net[:3].parameters())
 
 
 @every_case
@@ -154,22 +206,44 @@ def test_targeted_goals_or_a_clear_refusal(case, net, images, y):
 
 @every_case
 def test_shapes_dtypes_and_bounds_of_all_kinds(case):
-    threat = case.threat
-    if isinstance(threat, Lp):
-        threat = Lp(threat.norm, threat.eps, bounds=(-1.0, 2.0))
+    threat = dataclasses.replace(case.threat, bounds=(-1.0, 2.0))
     x = torch.rand(4, 3, 5, 7, generator=generator()) * 3 - 1
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(60, 2))  # two classes, float32
-    if not isinstance(threat, Lp):
-        x = x.clamp(0, 1)
     labels = predict(net, x)
     result = case.attack(net, x, labels, threat, max_queries=60, generator=generator())
     assert result.x_adv.dtype == torch.float32
     assert threat.contains(points_of(result), x).all()
+    assert torch.equal(threat.apply(x, points_of(result)), result.x_adv)
+    assert torch.equal(predict(net.eval(), result.x_adv) != labels, result.success)
     empty = case.attack(net, x[:0], labels[:0], threat)
     assert empty.x_adv.shape == (0, 3, 5, 7)
     assert empty.success.shape == (0,)
+
+
+class InOtherUnits(nn.Module):
+    """The net for images between -1 and 2."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net((x + 1) / 3)
+
+
+@every_case
+def test_images_in_other_units_fall_all_the_same(case, net, images, y):
+    """What moves pixels does not see their values; deviations are in their units, as the floor is."""
+    if isinstance(case.threat, Lp) or isinstance(case.attack, Transfer):
+        pytest.skip("a size in the units of the images, or a surrogate that knows one unit")
+    threat = dataclasses.replace(case.threat, bounds=(-1.0, 2.0))
+    if isinstance(threat, WeightedLp):
+        threat = dataclasses.replace(threat, floor=3 * case.threat.floor)
+    run = {"max_queries": case.queries, "indices": NAMES, "generator": generator()}
+    result = case.attack(InOtherUnits(net), 3 * images - 1, y, threat, **run)
+    assert torch.equal(result.success, case.first.success)
 
 
 @every_case
@@ -190,6 +264,26 @@ def test_a_budget_for_each_sample(case, net, images, y):
     wider = radii > case.threat.eps
     assert result.success[wider].sum() >= case.first.success[wider].sum()
     assert result.success.sum() > 1 or case.one_way
+
+
+def half_of(threat: Threat) -> Threat:
+    if isinstance(threat, RotationTranslation):
+        return RotationTranslation(threat.degrees / 2, threat.pixels / 2)
+    if isinstance(threat, Deformation):
+        return Deformation(threat.pixels / 2)
+    return dataclasses.replace(threat, eps=threat.eps / 2)
+
+
+@every_case
+def test_twice_the_budget_breaks_as_many(case, net, images, y):
+    """Whatever the size measures; with queries enough to search it all, and one sample for the luck of the draws."""
+    if case.threat.size is None or isinstance(case.threat, Lp):
+        pytest.skip("no size, or one for each sample: see above")
+    half, whole = (
+        case.attack(net, images, y, threat, max_queries=800, indices=NAMES, generator=generator()).success.sum()
+        for threat in (half_of(case.threat), case.threat)
+    )
+    assert whole >= half - 1
 
 
 def nothing_of(threat: Threat) -> Threat:

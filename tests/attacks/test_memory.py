@@ -24,6 +24,10 @@ ATTACKS = [
     "HopSkipJump(queries=1300)",
     "Boundary(queries=100)",
     "RandomNoise(draws=30)",
+    "RotationTranslationGrid(worst_of=20000)",
+    "LowFrequencyNES(samples=600, queries=1300)",
+    "LowFrequencyBoundary(queries=100)",
+    "PGD(steps=2, estimator=NESEstimator(samples=600))",
 ]
 
 SCRIPT = """
@@ -31,6 +35,7 @@ import resource, sys, torch
 from torch import nn
 from robustbench_lite.attacks import *
 from robustbench_lite.core.models import predict
+from robustbench_lite.core.spatial import RotationTranslation
 from robustbench_lite.core.threats import Lp
 
 torch.set_num_threads(1)
@@ -43,7 +48,7 @@ y = predict(net, x)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # bytes, as Linux counts
 
 attack = eval(sys.argv[1])
-threat = next(t for t in (Lp("linf", 0.001), Lp("l2", 0.01)) if attack.supports(t))
+threat = next(t for t in (Lp("linf", 0.001), Lp("l2", 0.01), RotationTranslation(0.1, 0.01)) if attack.supports(t))
 attack(net, x[:2], y[:2], threat, max_queries=40)  # what is loaded on first use is not the attack's
 before = peak()
 result = attack(net, x, y, threat, max_queries=1300, memory_budget=int(sys.argv[2]))
