@@ -15,6 +15,7 @@ AutoAttack needs FAB towards nine classes and Square for.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -47,7 +48,7 @@ class QuickAutoAttack(Attack):
         far_steps: steps of each search from noise, in l2 and l1.
         far_restarts: such searches; as many again for those that nearly fell.
         close: go on with a sample when the margin at its best point is at most this share of the clean one.
-        rounds: further runs of each kind for these samples, with one more target.
+        rounds: further runs of each kind for these samples, each with one more of the targets, the next nearest.
         queries: most queries of a last search without gradients (Square) on these samples; none in l1.
         candidates: likeliest wrong classes that are ranked by distance: one gradient each.
 
@@ -89,8 +90,10 @@ class QuickAutoAttack(Attack):
         if ball.norm != "linf":
             far.search(oracle, oracle.standing(), ball, streams.fork(1))
         chosen = self._close(oracle, clean)
+        further = itertools.cycle(aims[self.targets :])
         for _ in range(self.rounds):
-            self._round(oracle, aims[: self.targets + 1], goal, ball, streams, chosen)
+            met = [*aims[: self.targets], *itertools.islice(further, 1)]
+            self._round(oracle, met, goal, ball, streams, chosen)
         if ball.norm != "linf":
             rows = oracle.standing()
             far.search(oracle, rows[chosen[rows]], ball, streams.fork(2))

@@ -161,6 +161,27 @@ def test_only_samples_that_came_close_go_on(net, images):
     assert (thorough.backwards[stand] == 3 + first_round + 3 * later_round).all()
 
 
+@pytest.mark.parametrize(("classes", "thirds"), [(2, [None] * 4), (3, [None] * 4), (4, [2] * 4), (8, [2, 3, 4, 5])])
+def test_each_later_round_meets_the_nearest_targets_and_one_more(classes, thirds, monkeypatch):
+    weight = torch.randn(classes, 9, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    x = torch.rand(4, 1, 3, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+    def model(x):
+        return x.flatten(1) @ weight.T
+
+    rounds = []
+    monkeypatch.setattr(QuickAutoAttack, "_round", lambda self, oracle, aims, *rest: rounds.append(aims))
+    QuickAutoAttack(close=1, queries=1)(model, x, predict(model, x), Lp("linf", 1e-3))
+    ranked = min(classes - 1, 2)
+    nearest, later = rounds[0], rounds[1:]
+    assert len(nearest) == ranked
+    assert [aims[:ranked] for aims in later] == [nearest] * 4
+    met = [aims[ranked].targets[0].item() if len(aims) > ranked else None for aims in later]
+    with Oracle(model, x, Untargeted(predict(model, x)), Lp("linf", 1e-3)) as oracle:
+        aims = QuickAutoAttack()._aims(oracle, x, oracle.goal, oracle.threat)[1]
+    assert met == [None if place is None else aims[place].targets[0].item() for place in thirds]
+
+
 @pytest.mark.parametrize(("norm", "searches"), [("linf", 0), ("l2", 1), ("l1", 1)])
 def test_more_searches_from_noise_are_for_those_that_came_close(norm, searches, net, images):
     y, threat = predict(net, images), Lp(norm, 0.01)
