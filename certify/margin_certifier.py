@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robustbench_lite.certify.base import Certifier
+from robustbench_lite.certify.errors import CannotCertify
 from robustbench_lite.certify.forward import answer
 from robustbench_lite.certify.graph import graph_of
 from robustbench_lite.core.checks import check_labels, check_predictions, explain_mismatch
@@ -69,7 +70,7 @@ class MarginCertifier(Certifier):
         if not isinstance(model, nn.Module) or not isinstance(threat, Lp):
             raise TypeError(f"{type(self).__name__} reads a model's layers: it needs an nn.Module and an Lp threat")
         if is_stochastic(model):
-            raise ValueError(
+            raise CannotCertify(
                 f"{type(model).__name__} is stochastic: a deterministic certificate says nothing about it; certify the "
                 "net inside, or use a probabilistic certifier"
             )

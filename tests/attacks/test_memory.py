@@ -24,7 +24,7 @@ ATTACKS = [
     "HopSkipJump(queries=1300)",
     "Boundary(queries=100)",
     "RandomNoise(draws=30)",
-    "RotationTranslationGrid(worst_of=20000)",
+    "RotationTranslationGrid(worst_of=200000)",
     "LowFrequencyNES(samples=600, queries=1300)",
     "LowFrequencyBoundary(queries=100)",
     "PGD(steps=2, estimator=NESEstimator(samples=600))",
