@@ -186,6 +186,13 @@ def test_costs_that_are_forgiven_are_no_robust_accuracy() -> None:
     assert report.violations == []
 
 
+def test_a_deterministic_certifier_is_not_applicable_to_a_randomised_model() -> None:
+    report = evaluate(Noisy(), two_blocks(10), THREAT, [Shift()], [IBP()])
+    (missing,) = report.not_applicable
+    assert "stochastic" in missing.reason
+    assert report.unfinished == []
+
+
 def test_a_cascade_asks_what_is_left_of_several_batches_together() -> None:
     """Samples of a seeded draw lie thin in the blocks of the store; attacks on single images cost many times more."""
     data, every = two_blocks(100), {}
