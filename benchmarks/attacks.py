@@ -172,9 +172,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--wide", action="store_true", help="a WideResNet-28-10 in place of the small nets")
-    parser.add_argument(
-        "--share", type=float, default=1.0, help="of the budgets; at 0.01 nobody falls"
-    )
+    parser.add_argument("--share", type=float, default=1.0, help="of the budgets; at 0.01 nobody falls")
     parser.add_argument("--fast", choices=FAST, help="our side searches in this mode, and decides in float32")
     options = parser.parse_args()
     table = Table("work", "net", "peer", "peer / ours", "bound", "ours (ms)", "stand (ours)", "stand (peer)", "p")

@@ -60,7 +60,7 @@ class ABS(Wrapper):
 
     Raises:
         TypeError: a net without a decoder.
-        ValueError: a setting out of range.
+        ValueError: a setting out of range, or decoders for a single class.
     """
 
     cut: ClassVar[float | None] = None
@@ -94,6 +94,8 @@ class ABS(Wrapper):
         if not (0 <= drop < 1 and beta >= 0 and eta >= 0):
             raise ValueError(f"need 0 <= drop < 1, beta >= 0 and eta >= 0, got {drop:g}, {beta:g} and {eta:g}")
         self.decoder = cast("Decoders", decoder)
+        if self.decoder.num_classes < 2:
+            raise ValueError(f"a classifier has at least 2 classes, got decoders for {self.decoder.num_classes}")
         self.latents, self.steps, self.learning_rate, self.radius = latents, steps, learning_rate, radius
         self.drop, self.beta, self.scale, self.eta, self.seed = drop, beta, scale, eta, seed
 

@@ -6,10 +6,11 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from robustbench_lite.core.checks import explain_mismatch
 from robustbench_lite.core.models import labels_of
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from robustbench_lite.core.threats import Threat
 
 __all__ = ["Batch", "Descend", "Objective", "State", "Step", "TrainingData", "Wrapper"]
+
+Answer = TypeVar("Answer", Tensor, tuple[Tensor, Tensor])
 
 State = nn.Module | dict[str, Tensor] | None
 """What an objective keeps between steps; it is checkpointed, and a module's trainable parameters are trained too."""
@@ -139,6 +142,9 @@ class Wrapper(nn.Module, ABC):
     A subclass takes the net first, then its settings (plain data, kept as attributes of the same names), keeps what it
     learns as submodules and buffers (so that weights files carry them) and defines `forward`; it overrides the rest
     where the default is not the truth.
+
+    Calls are checked: what is no batch of images, and logits for a single class, are refused; an error of the net names
+    the images that it failed on. A `predict` that does not call the defense asks through `_checked`.
     """
 
     stochastic: ClassVar[bool] = False
@@ -169,6 +175,38 @@ class Wrapper(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, K) for images (B, C, H, W)."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return `forward(x)`, hooks included.
+
+        Raises:
+            ValueError: no batch of images, or logits for a single class.
+            RuntimeError: images that the net failed on, as those of another shape, dtype or device.
+        """
+        ask: Callable[[Tensor], Tensor] = super().__call__
+        return self._checked(ask, x)
+
+    def _checked(self, work: Callable[[Tensor], Answer], x: Tensor) -> Answer:
+        """Return `work(x)`, which is logits (B, K) or begins with them; an error says what is wrong with it."""
+        if not isinstance(x, Tensor):
+            return work(x)  # torch.fx asks with stand-ins
+        kind = type(self).__name__
+        if x.ndim != 4:
+            raise ValueError(
+                f"{kind} answers batches of images (B, C, H, W), got {tuple(x.shape)}: a single image is x.unsqueeze(0)"
+            )
+        try:
+            answer = work(x)
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:  # no memory left, a trace that gave up: not about the images
+                raise
+            mismatch = explain_mismatch(self, x)
+            reason = f"{kind} failed on images {tuple(x.shape)}: {error}; is its net made for images of another shape?"
+            raise RuntimeError(mismatch or reason) from error
+        logits = answer if isinstance(answer, Tensor) else answer[0]
+        if logits.ndim == 2 and logits.shape[1] < 2:
+            raise ValueError(f"a classifier has at least 2 classes, {kind} has logits for {logits.shape[1]}")
+        return answer
 
     def predict(self, x: Tensor) -> Tensor:
         """Return the deployed labels, int64 (B,): a class, `ABSTAIN` (-1), or `INVALID` (-2) where not finite."""

@@ -102,7 +102,13 @@ class DeepKNN(Detector):
 
     @property
     def references(self) -> list[Tensor]:
-        """For each layer the embeddings (N, D) of the training samples."""
+        """For each layer the embeddings (N, D) of the training samples.
+
+        Raises:
+            ValueError: there are none yet.
+        """
+        if not self.num_classes:
+            raise ValueError("DeepKNN has no neighbours yet: call fit(data, calibration); after a load, restore(data)")
         return self._buffers_named("points")
 
     @property
@@ -127,8 +133,6 @@ class DeepKNN(Detector):
         Raises:
             ValueError: there are no training samples yet.
         """
-        if not self.num_classes:
-            raise ValueError("DeepKNN has no neighbours yet: call fit(data, calibration); after a load, restore(data)")
         votes = x.new_zeros(len(x), self.num_classes)
         for points, references, sizes in zip(self.embed(x), self.references, self.sizes, strict=True):
             _, rows = nearest(points, references, self.k, sizes)

@@ -51,7 +51,13 @@ class Detector(Wrapper):
         """Learn from the training data what the score needs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits (B, K)."""
+        """Return logits (B, K).
+
+        Raises:
+            ValueError: the threshold was never set.
+        """
+        if not torch.compiler.is_compiling():
+            self._require_threshold()
         return self.answer(x)[0]
 
     def predict(self, x: Tensor) -> Tensor:
@@ -60,9 +66,8 @@ class Detector(Wrapper):
         Raises:
             ValueError: the threshold was never set.
         """
-        if self.threshold.isnan():
-            raise ValueError(f"{type(self).__name__} has no threshold yet: call fit(data, calibration) first")
-        logits, score = self.answer(x)
+        self._require_threshold()
+        logits, score = self._checked(self.answer, x)
         labels = torch.where(score > self.threshold, ABSTAIN, labels_of(logits))
         return torch.where(score.isfinite() & logits.isfinite().all(dim=1), labels, INVALID)
 
@@ -93,3 +98,7 @@ class Detector(Wrapper):
             )
         scores = torch.cat([self.answer(part.to(device))[1] for part in torch.split(data.images, CHUNK)])
         self.threshold.copy_(scores.sort(descending=True).values[allowed])
+
+    def _require_threshold(self) -> None:
+        if self.threshold.isnan():
+            raise ValueError(f"{type(self).__name__} has no threshold yet: call fit(data, calibration) first")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -54,14 +55,22 @@ class Voting(Wrapper):
         """Return the logits (B, K) of the net under one fresh draw."""
 
     def answers(self, x: Tensor, draws: int) -> Iterator[Tensor]:
-        """Yield the logits of `draws` draws in blocks (k, B, K)."""
+        """Yield the logits of `draws` draws in blocks (k, B, K).
+
+        Raises:
+            ValueError: no batch of images, or logits for a single class.
+            RuntimeError: images that the net failed on.
+        """
         values = CPU_VALUES if x.device.type == "cpu" else GPU_VALUES
         block = max(1, values // max(1, x.numel())) if self.folds else 1
         while draws > 0:
             copies = min(block, draws)
             draws -= copies
-            logits = self.draw(x.repeat(copies, 1, 1, 1))
+            logits = self._checked(partial(self._copied, copies), x)
             yield logits.reshape(copies, len(x), logits.shape[1])
+
+    def _copied(self, copies: int, x: Tensor) -> Tensor:
+        return self.draw(x.repeat(copies, 1, 1, 1))
 
     @torch.no_grad()
     def votes(self, x: Tensor, draws: int) -> Tensor:

@@ -27,7 +27,7 @@ from robustbench_lite.defenses.smoothed_classifier import SmoothedClassifier
 from robustbench_lite.defenses.weight_noise import WeightNoise
 from tests.defenses.abs_toys import explaining
 
-__all__ = ["CASES", "Case", "blobs", "fitted"]
+__all__ = ["CASES", "Case", "bare", "blobs", "fitted"]
 
 MODEL: dict[str, Any] = {"name": "mlp", "in_channels": 1, "image_size": 6, "num_classes": 3, "hidden": [16]}
 
@@ -41,12 +41,14 @@ class Case:
     Attributes:
         make: the wrapper around a net.
         model: config of the net (`_target_` or `name`, and arguments); images are (1, 6, 6), classes three.
+        prepare: what the net must learn that `StandardTraining` does not teach it, before it is wrapped.
         calibrated: whether `fit` must be given calibration samples.
-        few: calibration samples that are too few; None: any number will do.
+        few: the most calibration samples that are too few; None: any number will do.
     """
 
     make: Callable[[nn.Module], Wrapper]
     model: dict[str, Any] = field(default_factory=lambda: dict(MODEL))
+    prepare: Callable[[nn.Module], nn.Module] = lambda net: net
     calibrated: bool = False
     few: int | None = None
 
@@ -65,6 +67,14 @@ def blobs(n: int = 120, split: str = "train", seed: int = 0) -> Dataset:
     return Dataset("blobs", split, x, y, torch.arange(n), 3)
 
 
+def bare(name: str, num_classes: int = 3) -> Wrapper:
+    """Return a wrapper around an untrained net, not fitted, in eval mode."""
+    from robustbench_lite.zoo.entries import _build
+
+    case = CASES[name]
+    return case.make(_build({**case.model, "num_classes": num_classes})).eval()
+
+
 def fitted(name: str) -> Wrapper:
     """Return the specimen of a wrapper, around a net that tells the blobs apart, in eval mode."""
     from robustbench_lite.defenses import Deploy, StandardTraining
@@ -75,7 +85,7 @@ def fitted(name: str) -> Wrapper:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = _build(case.model)
-    objective = Deploy(StandardTraining(), case.make)
+    objective = Deploy(StandardTraining(), lambda net: case.make(case.prepare(net)))
     calibration = blobs(90, "calibration", seed=1) if case.calibrated else None
     defense = train(net, blobs(), objective, epochs=20, learning_rate=1e-2, device="cpu", calibration=calibration)
     assert isinstance(defense, Wrapper)
@@ -95,5 +105,5 @@ CASES["NearestNeighbour"] = Case(NearestNeighbour)
 CASES["DeepRBF"] = Case(DeepRBF, calibrated=True, few=19)
 CASES["Dustbin"] = Case(Dustbin, calibrated=True, few=19)
 CASES["GaussianProcessHead"] = Case(lambda net: GaussianProcessHead(net, size=60), calibrated=True, few=19)
-CASES["ABS"] = Case(lambda net: ABS(explaining(net), latents=50, steps=2), model=VAES)
-CASES["BinaryABS"] = Case(lambda net: BinaryABS(explaining(net), latents=50, steps=2), model=VAES)
+CASES["ABS"] = Case(lambda net: ABS(net, latents=50, steps=2), model=VAES, prepare=explaining)
+CASES["BinaryABS"] = Case(lambda net: BinaryABS(net, latents=50, steps=2), model=VAES, prepare=explaining)

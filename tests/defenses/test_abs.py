@@ -244,6 +244,12 @@ def test_bad_settings(settings: dict[str, float]) -> None:
         around(Curved(), **settings)
 
 
+@pytest.mark.parametrize("cls", [ABS, BinaryABS])
+def test_decoders_for_a_single_class_are_refused_at_once(cls: type[ABS]) -> None:
+    with pytest.raises(ValueError, match="2 classes, got decoders for 1"):  # `explain` and its bounds are no calls
+        around(Curved(classes=1), cls)
+
+
 def test_bad_nets_images_and_factors() -> None:
     with pytest.raises(TypeError, match="class_vaes"):
         ABS(nn.Linear(3, 3))

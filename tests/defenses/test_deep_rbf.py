@@ -99,7 +99,7 @@ def test_around_a_trained_net_it_is_discriminant_analysis() -> None:
     defense.learn(noisy)
     with torch.no_grad():
         features, points = model(noisy.images), model(test.images)
-        found = defense(test.images).argmax(dim=1)
+        found = defense.answer(test.images)[0].argmax(dim=1)
     reference = LinearDiscriminantAnalysis(priors=np.full(3, 1 / 3)).fit(features.numpy(), data.labels.numpy())
     assert (found.numpy() == reference.predict(points.numpy())).mean() > 0.97
 
@@ -107,7 +107,7 @@ def test_around_a_trained_net_it_is_discriminant_analysis() -> None:
 def test_more_rows_than_features_are_zeros() -> None:
     defense = DeepRBF(net(), rank=7).eval()
     defense.learn(blobs(60))
-    assert defense(blobs(10, "test", 2).images).isfinite().all()
+    assert defense.answer(blobs(10, "test", 2).images)[0].isfinite().all()
 
 
 def test_the_view_ranks_the_classes_alike_and_does_not_saturate() -> None:

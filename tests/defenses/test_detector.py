@@ -55,8 +55,9 @@ def test_other_rates_can_be_tried() -> None:
 def test_faults_are_named() -> None:
     with pytest.raises(ValueError, match="fpr"):
         Bright(net(), fpr=0)
-    with pytest.raises(ValueError, match="fit"):
-        Bright(net()).predict(blobs(2).images)
+    for ask in (Bright(net()), Bright(net()).predict):
+        with pytest.raises(ValueError, match="fit"):
+            ask(blobs(2).images)
     with pytest.raises(ValueError, match="calibration"):
         Bright(net()).fit(blobs(), None)
     with pytest.raises(ValueError, match="at least 20 calibration samples, got 19"):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from robustbench_lite.core.models import ABSTAIN, INVALID, is_stochastic, predict, rejects
 from robustbench_lite.core.threats import Lp
@@ -55,3 +55,40 @@ def test_a_detector_says_so_and_its_predict_is_the_deployed_one() -> None:
 def test_forward_must_be_written() -> None:
     with pytest.raises(TypeError, match="abstract"):
         Wrapper()  # type: ignore[abstract]
+
+
+def test_a_failed_pass_names_the_images_or_what_does_not_match() -> None:
+    wrapper = Plain()
+    with pytest.raises(RuntimeError, match=r"Plain failed on images \(2, 3, 5, 5\): .*2x75 and 4x3") as found:
+        wrapper(torch.rand(2, 3, 5, 5))
+    assert isinstance(found.value.__cause__, RuntimeError)
+    with pytest.raises(RuntimeError, match=r"parameters are torch\.float32 but the images torch\.float64"):
+        wrapper(torch.rand(2, 1, 2, 2).double())
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), ZeroDivisionError("none")])
+def test_other_errors_pass_as_they_are(error: Exception) -> None:
+    class Failing(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            raise error
+
+    with pytest.raises(type(error)) as found:
+        Failing()(torch.rand(2, 1, 2, 2))
+    assert found.value is error
+
+
+def test_hooks_run_and_see_what_the_caller_sees() -> None:
+    wrapper, x = Plain(), torch.rand(2, 1, 2, 2)
+    wrapper.register_forward_pre_hook(lambda _, inputs: (1 - inputs[0],))
+    wrapper.register_forward_hook(lambda _, inputs, output: 2 * output)
+    assert torch.equal(wrapper(x), 2 * wrapper.net(1 - x))
+
+
+def test_a_wrapper_can_be_traced_compiled_and_mapped() -> None:
+    wrapper, x = Plain().eval(), torch.rand(4, 1, 2, 2)
+    expected = wrapper(x)
+    outer = nn.Sequential(wrapper)
+    assert torch.equal(fx.symbolic_trace(outer)(x), expected)
+    assert torch.equal(torch.export.export(outer, (x,), strict=False).module()(x), expected)
+    assert torch.equal(torch.compile(wrapper, backend="eager", fullgraph=True)(x), expected)
+    assert torch.allclose(torch.vmap(lambda image: wrapper(image[None])[0])(x), expected)
