@@ -48,7 +48,8 @@ class QuickAutoAttack(Attack):
         far_steps: steps of each search from noise, in l2 and l1.
         far_restarts: such searches; as many again for those that nearly fell.
         close: go on with a sample when the margin at its best point is at most this share of the clean one.
-        rounds: further runs of each kind for these samples, each with one more of the targets, the next nearest.
+        rounds: further runs of each kind for these samples, each with one more of the targets, the next nearest; they
+            are gone through again when all have been met.
         queries: most queries of a last search without gradients (Square) on these samples; none in l1.
         candidates: likeliest wrong classes that are ranked by distance: one gradient each.
 

@@ -80,8 +80,8 @@ class RotationTranslationGrid(Attack):
     def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
         """Ask about one block of points after the other, for the samples that still stand."""
         assert isinstance(threat, RotationTranslation)
-        grid = self.points(x, threat)
-        for block in _blocks(oracle, self.worst_of or len(grid)):
+        grid = self.points(x, threat) if self.worst_of is None else x.new_empty(self.worst_of, 0)
+        for block in _blocks(oracle, len(grid)):
             size, rows = block.stop - block.start, oracle.standing(oracle.judge_cost)
             if len(rows) == 0:
                 break

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from robustbench_lite.certify._corruptions import Corruption
+from robustbench_lite.certify.errors import CannotCertify
 from robustbench_lite.certify.forward import answer
 from robustbench_lite.core.checks import check_logits, check_predictions, explain_mismatch
 from robustbench_lite.core.memory import Memory
@@ -111,7 +112,7 @@ class Poll:
 def _examine(model: Model, corruption: Corruption, probes: Tensor, x: Tensor, owner: Tensor) -> int:
     """Return the number of classes of a model that answers about each image alone, the same each time."""
     if is_stochastic(model):
-        raise ValueError(
+        raise CannotCertify(
             f"{type(model).__name__} is stochastic: smoothing needs a base classifier whose answers do not differ "
             "between calls; certify the net inside"
         )

@@ -136,6 +136,10 @@ class Objective(ABC):
         return model
 
 
+class _FailedPassError(RuntimeError):
+    """A net failed; the message names the images."""
+
+
 class Wrapper(nn.Module, ABC):
     """What is deployed around a net, with its honest self-description.
 
@@ -143,8 +147,8 @@ class Wrapper(nn.Module, ABC):
     learns as submodules and buffers (so that weights files carry them) and defines `forward`; it overrides the rest
     where the default is not the truth.
 
-    Calls are checked: what is no batch of images, and logits for a single class, are refused; an error of the net names
-    the images that it failed on. A `predict` that does not call the defense asks through `_checked`.
+    Calls are checked: what has not four dimensions, and logits for a single class, are refused; an error of the net
+    names the images that it failed on. A `predict` that does not call the defense asks through `_checked`.
     """
 
     stochastic: ClassVar[bool] = False
@@ -176,15 +180,15 @@ class Wrapper(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, K) for images (B, C, H, W)."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return `forward(x)`, hooks included.
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return `forward(x, ...)`, hooks included.
 
         Raises:
             ValueError: no batch of images, or logits for a single class.
             RuntimeError: images that the net failed on, as those of another shape, dtype or device.
         """
-        ask: Callable[[Tensor], Tensor] = super().__call__
-        return self._checked(ask, x)
+        call: Callable[..., Tensor] = super().__call__
+        return self._checked(lambda images: call(images, *args, **kwargs), x)
 
     def _checked(self, work: Callable[[Tensor], Answer], x: Tensor) -> Answer:
         """Return `work(x)`, which is logits (B, K) or begins with them; an error says what is wrong with it."""
@@ -198,13 +202,12 @@ class Wrapper(nn.Module, ABC):
         try:
             answer = work(x)
         except RuntimeError as error:
-            if type(error) is not RuntimeError:  # no memory left, a trace that gave up: not about the images
+            if type(error) is not RuntimeError:  # explained already, no memory left, a trace that gave up
                 raise
-            mismatch = explain_mismatch(self, x)
-            reason = f"{kind} failed on images {tuple(x.shape)}: {error}; is its net made for images of another shape?"
-            raise RuntimeError(mismatch or reason) from error
-        logits = answer if isinstance(answer, Tensor) else answer[0]
-        if logits.ndim == 2 and logits.shape[1] < 2:
+            guess = explain_mismatch(self, x) or "is its net made for images of another shape?"
+            raise _FailedPassError(f"{kind} failed on images {tuple(x.shape)}: {error}; {guess}") from error
+        logits = answer[0] if isinstance(answer, tuple) else answer
+        if isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] < 2:
             raise ValueError(f"a classifier has at least 2 classes, {kind} has logits for {logits.shape[1]}")
         return answer
 

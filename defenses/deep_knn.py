@@ -102,18 +102,18 @@ class DeepKNN(Detector):
 
     @property
     def references(self) -> list[Tensor]:
-        """For each layer the embeddings (N, D) of the training samples.
-
-        Raises:
-            ValueError: there are none yet.
-        """
-        if not self.num_classes:
-            raise ValueError("DeepKNN has no neighbours yet: call fit(data, calibration); after a load, restore(data)")
+        """For each layer the embeddings (N, D) of the training samples."""
         return self._buffers_named("points")
 
     @property
     def sizes(self) -> list[Tensor]:
-        """For each layer the squared lengths (N,) of the embeddings."""
+        """For each layer the squared lengths (N,) of the embeddings.
+
+        Raises:
+            ValueError: there are no training samples yet.
+        """
+        if not self.num_classes:
+            raise ValueError("DeepKNN has no neighbours yet: call fit(data, calibration); after a load, restore(data)")
         return self._buffers_named("sizes")
 
     def embed(self, x: Tensor) -> list[Tensor]:

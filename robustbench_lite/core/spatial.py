@@ -129,9 +129,10 @@ class RotationTranslation(ParametricThreat):
         """1: distances are shares of the budget."""
         return 1.0
 
-    def resized(self, size: float) -> Self:
-        """Return the threat with this multiple of both its budgets."""
-        return replace(self, degrees=size * self.degrees, pixels=size * self.pixels)
+    def resized(self, size: float | str) -> Self:
+        """Return the threat with this multiple of both its budgets, whose `size` is 1 again."""
+        share = parse_number(size)
+        return replace(self, degrees=share * self.degrees, pixels=share * self.pixels)
 
     def padding(self) -> str:
         """Return "zeros": black comes in from outside."""
@@ -217,7 +218,7 @@ class Deformation(ParametricThreat):
         """The largest displacement in pixels; None where it is None."""
         return None if self.pixels is None else float(self.pixels)
 
-    def resized(self, size: float) -> Self:
+    def resized(self, size: float | str) -> Self:
         """Return the threat with this largest displacement in pixels."""
         return replace(self, pixels=size)
 

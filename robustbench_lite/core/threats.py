@@ -42,8 +42,8 @@ class Threat(ABC):
     def size(self) -> float | None:
         """The budget as one number; None for a minimum-norm threat, NaN for one budget a sample."""
 
-    def resized(self, size: float) -> Self:
-        """Return the threat with another budget, in the unit of `size`.
+    def resized(self, size: float | str) -> Self:
+        """Return the threat with another budget, in the unit of `size`: a number, or text such as "8/255".
 
         Raises:
             ValueError: a threat without an `eps`, or a budget out of range.

@@ -161,7 +161,9 @@ def test_only_samples_that_came_close_go_on(net, images):
     assert (thorough.backwards[stand] == 3 + first_round + 3 * later_round).all()
 
 
-@pytest.mark.parametrize(("classes", "thirds"), [(2, [None] * 4), (3, [None] * 4), (4, [2] * 4), (8, [2, 3, 4, 5])])
+@pytest.mark.parametrize(
+    ("classes", "thirds"), [(2, [None] * 4), (3, [None] * 4), (4, [2] * 4), (5, [2, 3, 2, 3]), (8, [2, 3, 4, 5])]
+)
 def test_each_later_round_meets_the_nearest_targets_and_one_more(classes, thirds, monkeypatch):
     weight = torch.randn(classes, 9, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     x = torch.rand(4, 1, 3, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)

@@ -22,6 +22,7 @@ from robustbench_lite.attacks._nes_search import Adam, PlateauSteps
 from robustbench_lite.core.goals import Targeted
 from robustbench_lite.core.models import predict
 from robustbench_lite.core.oracle import Access
+from robustbench_lite.core.rng import Streams
 from robustbench_lite.core.threats import Lp
 
 
@@ -154,6 +155,14 @@ def test_low_frequency_attacks_are_a_basis_and_stay_in_its_span():
         change = attack(model, images, torch.zeros(4, dtype=torch.int64), Lp("l2", 0.3), max_queries=400).x_adv - images
         assert torch.allclose(low.project(change), change, atol=1e-9)
         assert change.abs().max() > 0
+
+
+@pytest.mark.parametrize("threat", [Lp("linf", 0.2), Lp("l2", 1.0), Lp("l1", 3.0)], ids=str)
+def test_a_start_in_a_basis_lies_in_the_threat(threat):
+    images = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64).round()
+    start = LowFrequencyPGD().ascent()._start(images, threat, Streams.from_generator(None, torch.arange(6)))
+    assert threat.contains(start, images).all()
+    assert (start != images).flatten(1).any(dim=1).all()
 
 
 def test_a_smooth_direction_costs_fewer_queries_in_a_low_frequency_basis():

@@ -134,6 +134,8 @@ def test_parametric_threats_have_budgets_too(attack, threat, budgets, net, image
     curve = security_curve(attack, net, images, y, threat, budgets)
     sized = [threat.resized(budget) for budget in budgets]
     assert [limit.pixels for limit in sized] == budgets
+    if isinstance(threat, RotationTranslation):
+        assert [limit.degrees for limit in sized] == [20 * budget for budget in budgets]
     separate = torch.stack([attack(net, images, y, limit).success for limit in sized])
     assert torch.equal(curve.success[1:], separate.cummax(dim=0).values)
     assert curve.success[-1].sum() > curve.success[0].sum()

@@ -232,6 +232,10 @@ def test_a_randomised_model_votes_once_on_points_outside_the_threat(images):
     assert o.verdict.all()
     assert o.forwards.tolist() == [21, 101] * 6
     assert o.found.fallen.tolist() == [False, True] * 6
+    wide = Lp("linf", torch.tensor([1.0] * 3 + [0.2] * 9, dtype=torch.float64))  # a budget for each sample
+    with Oracle(Wrong(), images, goal, wide) as o:
+        o.judge(far[[4, 2]], torch.tensor([4, 2]))
+    assert o.forwards[[4, 2]].tolist() == [21, 101]
 
 
 def test_points_outside_the_threat_are_never_kept(net, images):

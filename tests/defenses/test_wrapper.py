@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -7,6 +9,7 @@ from torch import Tensor, fx, nn
 from robustbench_lite.core.models import ABSTAIN, INVALID, is_stochastic, predict, rejects
 from robustbench_lite.core.threats import Lp
 from robustbench_lite.defenses.base import Wrapper
+from tests.defenses.contract_cases import blobs, fitted
 
 
 class Plain(Wrapper):
@@ -62,8 +65,30 @@ def test_a_failed_pass_names_the_images_or_what_does_not_match() -> None:
     with pytest.raises(RuntimeError, match=r"Plain failed on images \(2, 3, 5, 5\): .*2x75 and 4x3") as found:
         wrapper(torch.rand(2, 3, 5, 5))
     assert isinstance(found.value.__cause__, RuntimeError)
-    with pytest.raises(RuntimeError, match=r"parameters are torch\.float32 but the images torch\.float64"):
+    both = r"Plain failed on images .*: .*[dD]ouble.*; .*parameters are torch\.float32 but the images torch\.float64"
+    with pytest.raises(RuntimeError, match=both):  # what torch says is not lost
         wrapper(torch.rand(2, 1, 2, 2).double())
+
+
+def test_a_failed_pass_is_explained_once() -> None:
+    class Outer(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Plain()  # type: ignore[assignment]
+
+    with pytest.raises(RuntimeError, match="Plain failed on images") as found:
+        Outer()(torch.rand(2, 3, 5, 5))
+    assert str(found.value).count("failed on images") == 1
+
+
+def test_more_arguments_reach_forward_and_odd_answers_their_caller() -> None:
+    class Odd(Plain):
+        def forward(self, x: Tensor, twice: bool = False) -> Any:
+            return {"logits": 2 * x if twice else x}
+
+    x = torch.rand(2, 1, 2, 2)
+    assert torch.equal(Odd()(x, twice=True)["logits"], 2 * x)
+    assert torch.equal(Odd()(x, False)["logits"], x)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), ZeroDivisionError("none")])
@@ -92,3 +117,9 @@ def test_a_wrapper_can_be_traced_compiled_and_mapped() -> None:
     assert torch.equal(torch.export.export(outer, (x,), strict=False).module()(x), expected)
     assert torch.equal(torch.compile(wrapper, backend="eager", fullgraph=True)(x), expected)
     assert torch.allclose(torch.vmap(lambda image: wrapper(image[None])[0])(x), expected)
+
+
+def test_a_detector_can_be_compiled_before_it_has_answered() -> None:
+    x = blobs(4).images
+    expected = fitted("DeepRBF")(x)
+    assert torch.allclose(torch.compile(fitted("DeepRBF"), backend="eager", fullgraph=True)(x), expected)
