@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -80,15 +81,16 @@ class RotationTranslationGrid(Attack):
     def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
         """Ask about one block of points after the other, for the samples that still stand."""
         assert isinstance(threat, RotationTranslation)
-        grid = self.points(x, threat) if self.worst_of is None else x.new_empty(self.worst_of, 0)
-        for block in _blocks(oracle, len(grid)):
+        grid = self.points(x, threat) if self.worst_of is None else None
+        for block in _blocks(oracle, cast(int, self.worst_of) if grid is None else len(grid)):
             size, rows = block.stop - block.start, oracle.standing(oracle.judge_cost)
             if len(rows) == 0:
                 break
-            if self.worst_of is None:
-                points = grid[block].expand(len(rows), -1, -1)
+            if grid is None:
+                images, own = x[rows], streams.take(rows)
+                points = torch.stack([threat.random_point(images, own) for _ in range(size)], dim=1)
             else:
-                points = torch.stack([threat.random_point(x[rows], streams.take(rows)) for _ in range(size)], dim=1)
+                points = grid[block].expand(len(rows), -1, -1)
             if size == 1:
                 oracle.judge(points[:, 0], rows, cross_entropy)
                 continue

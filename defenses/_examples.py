@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,7 +48,7 @@ def check_weight(name: str, value: float) -> None:
 def part_of(threat: Threat, share: float) -> Threat:
     """Return the threat with this share of its eps; a threat that is no Lp ball as it is."""
     if share < 1 and isinstance(threat, Lp):
-        return replace(threat, eps=share * parse_number(threat.eps))  # type: ignore[arg-type]
+        return threat.resized(share * parse_number(threat.eps))  # type: ignore[arg-type]
     return threat
 
 

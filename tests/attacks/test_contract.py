@@ -18,8 +18,7 @@ from robustbench_lite import attacks
 from robustbench_lite.attacks import Attack, FixedPerturbation, NoiseAveraged, Transfer
 from robustbench_lite.core.goals import Targeted
 from robustbench_lite.core.models import predict
-from robustbench_lite.core.spatial import Deformation, RotationTranslation
-from robustbench_lite.core.threats import Lp, Threat
+from robustbench_lite.core.threats import Lp
 from robustbench_lite.core.weighted import WeightedLp
 from tests.attacks.contract_cases import (
     CONFIGS,
@@ -275,14 +274,6 @@ def test_a_budget_for_each_sample(case, net, images, y):
     assert result.success.sum() > 1 or case.one_way
 
 
-def half_of(threat: Threat) -> Threat:
-    if isinstance(threat, RotationTranslation):
-        return RotationTranslation(threat.degrees / 2, threat.pixels / 2)
-    if isinstance(threat, Deformation):
-        return Deformation(threat.pixels / 2)
-    return dataclasses.replace(threat, eps=threat.eps / 2)
-
-
 @every_case
 def test_twice_the_budget_breaks_as_many(case, net, images, y):
     """Whatever the size measures; with queries enough to search it all, and one sample for the luck of the draws."""
@@ -290,24 +281,16 @@ def test_twice_the_budget_breaks_as_many(case, net, images, y):
         pytest.skip("no size, or one for each sample: see above")
     half, whole = (
         case.attack(net, images, y, threat, max_queries=800, indices=NAMES, generator=generator()).success.sum()
-        for threat in (half_of(case.threat), case.threat)
+        for threat in (case.threat.resized(case.threat.size / 2), case.threat)
     )
     assert whole >= half - 1
-
-
-def nothing_of(threat: Threat) -> Threat:
-    if isinstance(threat, RotationTranslation):
-        return RotationTranslation(0, 0)
-    if isinstance(threat, Deformation):
-        return Deformation(0)
-    return dataclasses.replace(threat, eps=0)
 
 
 @every_case
 def test_a_budget_of_nothing_moves_nothing(case, net, images, y):
     if case.threat.size is None:
         pytest.skip("no size")
-    threat = nothing_of(case.threat)
+    threat = case.threat.resized(0)
     result = case.attack(net, images[:2], y[:2], threat, max_queries=20, generator=generator())
     assert threat.contains(points_of(result), images[:2]).all()
     assert torch.allclose(result.x_adv, images[:2], atol=1e-12)
