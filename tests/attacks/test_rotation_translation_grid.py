@@ -140,3 +140,17 @@ def test_a_small_budget_is_spent_to_the_last_query(budget, images):
     y = torch.zeros(len(images), dtype=torch.int64)
     result = RotationTranslationGrid()(firm, images, y, RotationTranslation(), max_queries=budget)
     assert (result.forwards == budget).all()
+
+
+def test_draws_go_on_from_block_to_block():
+    """Sixteen points one by one, then blocks: none of a sample's comes twice."""
+    asked = []
+
+    def safe(x):
+        asked.append(x.clone())
+        return torch.stack([x.flatten(1).sum(dim=1) + 100, torch.zeros(len(x), dtype=x.dtype)], dim=1)
+
+    x = torch.rand(1, 1, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    RotationTranslationGrid(worst_of=100)(safe, x, torch.tensor([0]), THREAT)
+    points = torch.cat(asked).flatten(1).unique(dim=0)
+    assert len(points) == 1 + 100  # the clean image, too; a block's worst is asked about twice
