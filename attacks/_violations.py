@@ -19,6 +19,8 @@ from robustbench_lite.core.threats import Lp
 
 __all__ = ["Aim", "Question", "descend", "first_violated"]
 
+DENSITY = 0.05  # of the coordinates of a step in l1, as in PGD
+
 
 @dataclass(frozen=True, eq=False)
 class Aim(Untargeted):
@@ -99,8 +101,8 @@ def descend(
 ) -> tuple[Tensor, Tensor]:
     """Walk from `points` (n, C, H, W) for `rows` of the batch; judge points where all constraints hold.
 
-    Steps go along the threat's steepest direction, the first `step_size` times eps long; they shrink to a hundredth
-    along a cosine.
+    Steps go along the threat's steepest direction (in l1 evenly along a twentieth of the coordinates, the steepest), the
+    first `step_size` times eps long; they shrink to a hundredth along a cosine.
 
     Args:
         oracle: keeps what is found.
@@ -129,5 +131,5 @@ def descend(
         if len(held):
             oracle.judge(points[held], rows[held])
         share = step_size * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
-        points = project(points + share * ball.radius(points) * ball.steepest(-slope, None, at=points))
+        points = project(points + share * ball.radius(points) * ball.steepest(-slope, DENSITY, at=points))
     return rows, points

@@ -1,6 +1,6 @@
 """High confidence, low uncertainty: a wrong answer that a Gaussian process is as sure of as of a clean one.
 
-Threat: l2 without a budget, the nearest such input; linf and l2 with one. Access: gradients, mean and variance of an
+Threat: l2 without a budget, the nearest such input; linf, l2 and l1 with one. Access: gradients, mean and variance of an
 `Uncertain` defense.
 Source: Grosse, Pfaff, Smith and Backes 2018, "The Limitations of Model Uncertainty in Adversarial Settings"
 (1812.02606): min ||x' - x|| subject to confidence(wrong class) >= 0.95, v(x') <= v(x) and the image bounds, solved by
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from robustbench_lite.attacks._targets import likeliest_targets
 from robustbench_lite.attacks._violations import Aim, Question, descend
 from robustbench_lite.attacks.base import Attack
+from robustbench_lite.attacks.iterative import supports_steps
 from robustbench_lite.core.goals import Goal, Targeted
 from robustbench_lite.core.insides import Uncertain
 from robustbench_lite.core.oracle import Oracle
@@ -91,8 +92,8 @@ class HighConfidenceLowUncertainty(Attack):
             raise ValueError(f"step_size is a share in (0, 1], got {self.step_size}")
 
     def supports(self, threat: Threat) -> bool:
-        """Say whether the threat is l2, or an linf ball with a budget."""
-        return isinstance(threat, Lp) and (threat.norm == "l2" or (threat.norm == "linf" and threat.eps is not None))
+        """Say whether the threat is l2, or an linf or l1 ball with a budget."""
+        return isinstance(threat, Lp) and (supports_steps(threat) or threat.norm == "l2")
 
     def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
         """Head for each wrong class in turn."""

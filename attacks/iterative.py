@@ -7,6 +7,7 @@ carry momentum.
 from __future__ import annotations
 
 from abc import abstractmethod
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
@@ -20,6 +21,7 @@ from robustbench_lite.core.goals import Goal
 from robustbench_lite.core.losses import Loss
 from robustbench_lite.core.oracle import Access, Oracle
 from robustbench_lite.core.rng import Streams
+from robustbench_lite.core.rows import pick
 from robustbench_lite.core.threats import Lp, Threat
 from robustbench_lite.core.weighted import WeightedLp
 
@@ -134,19 +136,28 @@ class Ascent:
         cost = self.estimator.cost(oracle)
         ball, own = threat.take(rows), streams.take(rows)
         project, velocity = ball.projector(oracle.x[rows]), None
+        late = isinstance(self.estimator, Autograd) and oracle.ranks_by(self.loss)  # the best are kept when they leave
+        best = _Best(points) if late else None
         for step in range(self.steps):
             if step % oracle.compact_every == 0:
                 keep = oracle.still(rows, cost)
                 if len(keep) < len(rows):
+                    if best is not None:
+                        best.leave(oracle, rows, keep)
                     rows, points = rows[keep], points.index_select(0, keep)
                     velocity = None if velocity is None else velocity.index_select(0, keep)
                     ball, own, project = ball.take(keep), own.take(keep), project.take(keep)
             if len(rows) == 0:
                 return
-            gradient = self.basis.project(self.estimator(oracle, points, rows, self.loss, own))
+            with nullcontext() if best is None else oracle.only_successes():
+                gradient = self.basis.project(self.estimator(oracle, points, rows, self.loss, own))
+            if best is not None:
+                best.look(points, oracle.losses)
             if self.momentum:
                 gradient = velocity = self._accumulate(velocity, gradient)
             points = project(self._step(ball, points, gradient))
+        if best is not None:
+            oracle.keep(best.points, rows, best.values)
         keep = oracle.still(rows, oracle.judge_cost)
         if len(keep):
             oracle.judge(points[keep], rows[keep], self.loss)
@@ -165,6 +176,28 @@ class Ascent:
         if isinstance(threat.eps, Tensor):
             return torch.addcmul(points, direction, share * threat.radius(points))
         return torch.add(points, direction, alpha=share * float(cast(float, threat.eps)))
+
+
+class _Best:
+    """The points of highest loss (n, ...), the later one in a tie; points that are given are never changed."""
+
+    def __init__(self, points: Tensor) -> None:
+        self.points = points
+        self.values = torch.full((len(points),), -torch.inf, dtype=points.dtype, device=points.device)
+
+    def look(self, points: Tensor, values: Tensor) -> None:
+        """Take in points, and their losses (n,)."""
+        better = values >= self.values
+        if points.device.type == "cpu" and bool(better.all()):
+            self.points, self.values = points, values
+        else:
+            self.points, self.values = pick(better, points, self.points), torch.where(better, values, self.values)
+
+    def leave(self, oracle: Oracle, rows: Tensor, keep: Tensor) -> None:
+        """Go on with the positions `keep`; of the others, who cannot pay leaves without having fallen."""
+        if oracle.max_queries is not None:
+            oracle.keep(self.points, rows, self.values)
+        self.points, self.values = self.points.index_select(0, keep), self.values.index_select(0, keep)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The attack on a detector: wrong and accepted at once, by steps along whichever of the two fails.
 
-Threat: linf, l2, with a budget. Access: gradients, and the suspicion score of a `Rejecting` defense.
+Threat: linf, l2, l1, with a budget. Access: gradients, and the suspicion score of a `Rejecting` defense.
 Source: the rule for attacks on detectors of Carlini et al. 2019, "On Evaluating Adversarial Robustness" (1902.06705):
 success is an answer that is wrong and not rejected. Steps that follow one of two losses at a time are the selective
 projected gradient descent of Bryniarski, Hingun, Pachuca, Wang and Carlini 2021, "Evading Adversarial Example Detection
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from robustbench_lite.attacks._targets import likeliest_targets
 from robustbench_lite.attacks._violations import Aim, Question, descend
 from robustbench_lite.attacks.base import Attack
+from robustbench_lite.attacks.iterative import supports_steps
 from robustbench_lite.core.goals import Goal, Targeted
 from robustbench_lite.core.insides import Rejecting
 from robustbench_lite.core.losses import margin
@@ -76,8 +77,8 @@ class RejectionAware(Attack):
             raise ValueError(f"step_size is a share of eps in (0, 1], got {self.step_size}")
 
     def supports(self, threat: Threat) -> bool:
-        """Say whether the threat is an linf or l2 ball with a budget."""
-        return isinstance(threat, Lp) and threat.norm in ("linf", "l2") and threat.eps is not None
+        """Say whether the threat is an linf, l2 or l1 ball with a budget."""
+        return isinstance(threat, Lp) and supports_steps(threat)
 
     def run(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Threat, streams: Streams) -> Tensor:
         """Run towards any wrong class from the clean image, then towards each from random points."""

@@ -10,6 +10,7 @@ back at once, so that candidates use the whole radius; the first candidate count
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -88,7 +89,7 @@ class Square(Attack):
         moves = MOVES[threat.norm](oracle.x[rows], threat.take(rows), streams.take(rows))
         oracle.scores(moves.points, rows, loss)
         value = oracle.losses.nan_to_num(nan=-torch.inf)
-        late = oracle.measure is None or oracle.measure is loss  # then the current point is the best one to keep
+        late = oracle.ranks_by(loss)  # then the current point is the best one to keep
         for step in range(self.queries - 1):
             if step % oracle.compact_every == 0:
                 keep = oracle.still(rows, oracle.scores_cost)
@@ -102,7 +103,8 @@ class Square(Attack):
                 ahead = [moves.side(self.share(at)) for at in range(step, min(step + BLOCK, self.queries - 1))]
                 moves.plan(ahead, streams.take(rows).uniform(BLOCK, moves.draws)[:, : len(ahead)])
             changed = moves.change(step % BLOCK)
-            oracle.scores(changed, rows, loss, failures=not late)
+            with oracle.only_successes() if late else nullcontext():
+                oracle.scores(changed, rows, loss)
             better = oracle.losses > value
             value = torch.where(better, oracle.losses, value)
             moves.settle(better)

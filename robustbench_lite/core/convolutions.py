@@ -8,18 +8,18 @@ convolution itself, and so the model's answer, is left to PyTorch. `benchmarks/f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn.functional import fold
 from torch.nn.grad import conv2d_input
-from torch.overrides import TorchFunctionMode
 
 __all__ = ["image_gradients"]
 
@@ -29,38 +29,56 @@ SHIFTS = 25  # pixels of a kernel that slides by one, at most
 VALUES = 1 << 20  # in patches at a time: 4 MiB stay in the cache, whatever the batch
 
 
-def image_gradients(images: Tensor) -> AbstractContextManager[object]:
-    """Return a context in which a net's convolutions of few channels, if frozen, have the faster gradient."""
-    asked = images.device.type == "cpu" and torch.is_grad_enabled()  # each operation inside takes a little longer
-    return _ImageGradients() if asked else nullcontext()
+@contextmanager
+def image_gradients(model: Any) -> Iterator[None]:
+    """Give a net's convolutions of few channels, if frozen, the faster gradient; what is no module passes through."""
+    parts = _plain_convolutions(model) if isinstance(model, nn.Module) else []
+    for part in parts:
+        part._conv_forward = partial(_convolve, part)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for part in parts:
+            del part._conv_forward
 
 
-class _ImageGradients(TorchFunctionMode):
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is torch.conv2d and not kwargs and len(args) == 7 and _suits(*args) and _pays(*args):
-            return _Convolution.apply(*args[:6])
-        return func(*args, **(kwargs or {}))
+def _plain_convolutions(model: nn.Module) -> list[nn.Conv2d]:
+    """Return the convolutions to take over: PyTorch's own, in a net that is not compiled, not taken over already."""
+    parts = list(model.modules())
+    if any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts):
+        return []
+    return [part for part in parts if isinstance(part, nn.Conv2d) and _plain(part)]
 
 
-def _suits(x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: Any) -> bool:
-    """Say whether this is a plain convolution whose gradient is sought for the images alone."""
+def _plain(part: nn.Conv2d) -> bool:
+    pairs = all(isinstance(pair, tuple) and len(pair) == 2 for pair in (part.stride, part.padding))
+    simple = part.dilation == (1, 1) and part.groups == 1 and part.padding_mode == "zeros"
+    own = getattr(part._conv_forward, "__func__", None) is nn.Conv2d._conv_forward
+    return part.in_channels <= CHANNELS and pairs and simple and own
+
+
+def _convolve(part: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Do what `part` does, with the other gradient where it suits and pays."""
+    if torch.is_grad_enabled() and _suits(x, weight, bias) and _pays(x, weight, *part.stride):
+        return cast(Tensor, _Convolution.apply(x, weight, bias, part.stride, part.padding))
+    return cast(Tensor, nn.Conv2d._conv_forward(part, x, weight, bias))
+
+
+def _suits(x: Any, weight: Any, bias: Any) -> bool:
+    """Say whether the gradient is sought for the images alone, and nothing else is asked of it."""
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter) and x.ndim == 4 and x.device.type == "cpu"
     if not plain or not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
         return False
     if torch.compiler.is_compiling() or _mapped(x) or unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
         return False
-    pairs = all(isinstance(pair, tuple) and len(pair) == 2 for pair in (stride, padding, dilation))
-    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-    return x.requires_grad and frozen and pairs and dilation == (1, 1) and groups == 1
+    return x.requires_grad and not weight.requires_grad and (bias is None or not bias.requires_grad)
 
 
-def _pays(x: Tensor, weight: Tensor, bias: Any, stride: tuple[int, int], *rest: Any) -> bool:
+def _pays(x: Tensor, weight: Tensor, down: int, across: int) -> bool:
     """Say whether the other way is worth it."""
-    kernel, places = weight[0].numel(), x.shape[2] * x.shape[3] // math.prod(stride)
-    few = weight.shape[1] <= CHANNELS and (stride != (1, 1) or math.prod(weight.shape[2:]) <= SHIFTS)
-    return few and len(x) >= IMAGES and len(x) * places * kernel >= WORK
+    patch, places = math.prod(weight.shape[1:]), x.shape[2] * x.shape[3] // (down * across)
+    few = down * across > 1 or math.prod(weight.shape[2:]) <= SHIFTS
+    return few and len(x) >= IMAGES and len(x) * places * patch >= WORK
 
 
 def _mapped(tensor: Tensor) -> bool:
@@ -80,11 +98,10 @@ class _Convolution(torch.autograd.Function):
         bias: Tensor | None,
         stride: tuple[int, int],
         padding: tuple[int, int],
-        dilation: tuple[int, int],
     ) -> Tensor:
         ctx.stride, ctx.padding = stride, padding
         ctx.save_for_backward(x, weight)  # as PyTorch does: a checkpoint runs its convolution again, and compares
-        return torch.conv2d(x, weight, bias, stride, padding, dilation)
+        return torch.conv2d(x, weight, bias, stride, padding)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -96,7 +113,7 @@ class _Convolution(torch.autograd.Function):
             kernels, places = weight.flatten(1).t(), gradient.shape[2] * gradient.shape[3]
             parts = torch.split(gradient, max(1, VALUES // (len(kernels) * places)))
             slope = torch.cat([sliding.sum(kernels @ part.flatten(2), part.shape[2:]) for part in parts])
-        return slope, None, None, None, None, None
+        return slope, None, None, None, None
 
 
 @dataclass(frozen=True)

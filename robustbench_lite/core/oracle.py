@@ -6,8 +6,8 @@ deployed model alone. An attack that lies, overspends or leaves the threat can t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from enum import IntEnum
 from typing import Literal, Self, TypeVar
 
@@ -132,10 +132,12 @@ class Oracle:
         self.memory_budget = memory_budget
         self._memory = Memory(memory_budget, x, watch=not hasattr(model, "_orig_mod"), passes=self._view_cost)
         self._labels_checked = False
+        self._failures = True
         self._context = ExitStack()
 
     def __enter__(self) -> Self:
         self._context.enter_context(frozen(self._model, self._view))
+        self._context.enter_context(image_gradients(self._view))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -303,23 +305,37 @@ class Oracle:
         aim: Goal | None = None,
         *,
         candidate: bool = True,
-        failures: bool = True,
     ) -> Tensor:
         """Return the deployed model's logits (n, K) at `points`; `scores_cost` forward passes for candidates, else one.
 
         A view that screens answers in the model's place. `loss` (and `aim`, as in `gradient`) says how good a candidate
-        is that does not succeed. Without `failures` such candidates are not noted: a search that never goes back holds
-        its best ones itself, and gives them to `keep` in the end, which is less work.
+        is that does not succeed.
 
         Raises:
             AccessDeniedError: the access level is below SCORES.
             OutOfBudgetError: a row cannot pay.
         """
         self._require(Access.SCORES)
-        return self._scores(points, rows, loss, aim, candidate, failures)
+        return self._scores(points, rows, loss, aim, candidate)
+
+    def ranks_by(self, loss: Loss) -> bool:
+        """Say whether candidates that fail are ranked by this loss in questions that state it."""
+        return self.measure is None or self.measure is loss
+
+    @contextmanager
+    def only_successes(self) -> Iterator[None]:
+        """Note no candidates that fail, inside: a search that holds its best ones itself gives them to `keep` later.
+
+        That is less work than to note one after the other.
+        """
+        before, self._failures = self._failures, False
+        try:
+            yield
+        finally:
+            self._failures = before
 
     def keep(self, points: Tensor, rows: Tensor, values: Tensor) -> None:
-        """Take in candidates (n, ...) that were asked about without `failures`, each with its loss (n,); no pass.
+        """Take in candidates (n, ...) that were asked about within `only_successes`, each with its loss (n,); no pass.
 
         They count as failures, whatever they are: a success was noted when it was asked about. That they were asked
         about is taken on trust; no success can come of it.
@@ -377,45 +393,41 @@ class Oracle:
     def _constant(rows: Tensor, value: float) -> Tensor:
         return torch.full((len(rows),), value, dtype=torch.float64, device=rows.device)
 
-    def _scores(
-        self, points: Tensor, rows: Tensor, loss: Loss, aim: Goal | None, candidate: bool, failures: bool = True
-    ) -> Tensor:
+    def _scores(self, points: Tensor, rows: Tensor, loss: Loss, aim: Goal | None, candidate: bool) -> Tensor:
         self._pay(rows, self.scores_cost if candidate else 1)
         with torch.no_grad():
             asked = self._view if self._screens else self._model
             (logits,) = self._memory.ask(lambda part: (self._logits(asked, points[part], rows[part]),), rows.numel())
         if candidate:
             value = loss(logits, self._goal(rows) if aim is None else aim)
-            self._offer(points, rows, value, logits, self._screens or self._own_predict is None, failures)
+            self._offer(points, rows, value, logits, self._screens or self._own_predict is None)
         return logits
 
-    def _offer(
-        self, points: Tensor, rows: Tensor, value: Tensor, logits: Tensor, decide: bool, failures: bool = True
-    ) -> None:
+    def _offer(self, points: Tensor, rows: Tensor, value: Tensor, logits: Tensor, decide: bool) -> None:
         """Judge candidates: by these logits where they `decide`, else by asking the deployed model (already paid)."""
         self.losses = value
         if self.measure is not None:
             value = self._loss(self.measure)(logits, self._goal(rows))
         if not self._screens or not decide:
             labels = answers_of(logits) if decide else self._predict(points, rows)
-            return self._judge(points, rows, labels, value, failures)
+            return self._judge(points, rows, labels, value)
         apparent = self._goal(rows).achieved(answers_of(logits), self.rejects)
         success = self._confirm(points, rows, apparent, VOTES if self.stochastic else (1,))
-        return self._record(points, rows, success, value, failures)
+        return self._record(points, rows, success, value)
 
     def _loss(self, loss: Loss) -> Loss:
         """Return the function of the model's logits that `loss` stands for."""
         return loss
 
-    def _judge(self, points: Tensor, rows: Tensor, labels: Tensor, value: Tensor, failures: bool = True) -> None:
+    def _judge(self, points: Tensor, rows: Tensor, labels: Tensor, value: Tensor) -> None:
         success = self._goal(rows).achieved(labels, self.rejects)
         if self.stochastic:
             success = self._confirm(points, rows, success, VOTES)
-        self._record(points, rows, success, value, failures)
+        self._record(points, rows, success, value)
 
-    def _record(self, points: Tensor, rows: Tensor, success: Tensor, value: Tensor, failures: bool) -> None:
+    def _record(self, points: Tensor, rows: Tensor, success: Tensor, value: Tensor) -> None:
         self.verdict = success
-        self.found.offer(points, rows, success, value, self._spent, failures)
+        self.found.offer(points, rows, success, value, self._spent, self._failures)
 
     def _spent(self, rows: Tensor) -> Tensor:
         return self.forwards[rows]
@@ -497,11 +509,10 @@ class Oracle:
         images = images if transform is None else transform(images, part)
         version = version_of(images)
         if through is not None:
-            with frozen(through), image_gradients(images):
+            with frozen(through), image_gradients(through):
                 return _checked_values(through(images), images, version)
         try:
-            with image_gradients(images):
-                logits = model(images)
+            logits = model(images)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

@@ -60,7 +60,7 @@ def brute_force(model: nn.Module, x: Tensor, y: Tensor, threat: Lp, side: int = 
     return torch.stack(shares)
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.15), ("linf", 0.35), ("l2", 0.3)])
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.15), ("linf", 0.35), ("l2", 0.3), ("l1", 0.4)])
 def test_it_finds_what_a_brute_force_finds(norm: str, eps: float) -> None:
     (x, y), model, threat = images(), Toy(), Lp(norm, eps)
     found = replace(ATTACK, restarts=4)(model, x, y, threat)
@@ -129,7 +129,7 @@ def test_scores_that_are_no_numbers_do_not_stop_it() -> None:
 
 
 def test_what_it_supports_and_needs() -> None:
-    assert [ATTACK.supports(Lp(norm, 0.5)) for norm in ("linf", "l2", "l1", "l0")] == [True, True, False, False]
+    assert [ATTACK.supports(Lp(norm, 0.5)) for norm in ("linf", "l2", "l1", "l0")] == [True, True, True, False]
     assert not ATTACK.supports(Lp("l2", None))
     x, y = images(3)
     with pytest.raises(NotApplicableError, match="Rejecting"):
