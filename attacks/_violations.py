@@ -101,7 +101,7 @@ def descend(
 ) -> tuple[Tensor, Tensor]:
     """Walk from `points` (n, C, H, W) for `rows` of the batch; judge points where all constraints hold.
 
-    Steps go along the threat's steepest direction (in l1 evenly along a twentieth of the coordinates, the steepest), the
+    Steps go along the threat's steepest direction (in l1 evenly along the steepest twentieth of the coordinates), the
     first `step_size` times eps long; they shrink to a hundredth along a cosine.
 
     Args:

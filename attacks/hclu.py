@@ -1,7 +1,7 @@
 """High confidence, low uncertainty: a wrong answer that a Gaussian process is as sure of as of a clean one.
 
-Threat: l2 without a budget, the nearest such input; linf, l2 and l1 with one. Access: gradients, mean and variance of an
-`Uncertain` defense.
+Threat: l2 without a budget, the nearest such input; linf, l2 and l1 with one. Access: gradients, mean and variance of
+an `Uncertain` defense.
 Source: Grosse, Pfaff, Smith and Backes 2018, "The Limitations of Model Uncertainty in Adversarial Settings"
 (1812.02606): min ||x' - x|| subject to confidence(wrong class) >= 0.95, v(x') <= v(x) and the image bounds, solved by
 sequential quadratic programming for one sample after the other.
