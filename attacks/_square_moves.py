@@ -6,9 +6,10 @@ Images and points are (n, C, H, W); `draws` are uniform numbers (n, moves.draws)
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from copy import copy
 from functools import lru_cache
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -102,19 +103,21 @@ class LinfMoves:
         self.points.flatten(2).scatter_(2, window, torch.where(better[:, None, None], new, old))
 
 
-class L2Moves:
+class BumpMoves(ABC):
     """The change has length eps: a window takes over what another one held, in the shape of two opposite bumps."""
+
+    order: ClassVar[int]
 
     def __init__(self, x: Tensor, threat: Lp, streams: Streams) -> None:
         """Start from a grid of bump pairs, five along the shorter side."""
-        self._x, self._radius, self._bounds = x, threat.radius(x).expand(len(x), 1, 1, 1), threat.bounds
+        self._x, self._threat, self._radius = x, threat, threat.radius(x).expand(len(x), 1, 1, 1)
         self.draws = 5 + x.shape[1]
         self.plan([], x.new_empty(len(x), 0, self.draws))
         n, channels, height, width = x.shape
         side = max(min(height, width) // 5, 1)
         down, across = height // side, width // side
         draws = streams.uniform(1 + channels, down, across)
-        tiles = _turned(bump_pair(side, x.dtype, x.device), draws[:, 0]).unsqueeze(1)
+        tiles = _turned(self._pair(side), draws[:, 0]).unsqueeze(1)
         tiles = tiles * _signs(draws[:, 1:, :, :, None, None], x.dtype)
         grid = tiles.transpose(3, 4).reshape(n, channels, down * side, across * side)
         delta = torch.zeros_like(x)
@@ -122,11 +125,12 @@ class L2Moves:
         delta[:, :, top : top + down * side, left : left + across * side] = grid
         self.points = self._at_radius(delta)
 
-    def take(self, keep: Tensor) -> L2Moves:
+    def take(self, keep: Tensor) -> Self:
         part = copy(self)
         part._x, part._radius, part.points, part._draws = (
             t.index_select(0, keep) for t in (self._x, self._radius, self.points, self._draws)
         )
+        part._threat = self._threat.take(keep)
         return part
 
     def side(self, share: float) -> int:
@@ -145,16 +149,52 @@ class L2Moves:
         )
         delta = (self.points - self._x).flatten(2)
         cleared = delta.scatter(2, first, 0).scatter_(2, second, 0)
-        squares, kept = (t.square().sum(dim=2, keepdim=True) for t in (delta, cleared))
-        unused = (self._radius.flatten(2).square() - squares.sum(dim=1, keepdim=True)).clamp_min(0) / delta.shape[1]
-        shape = _turned(bump_pair(side, delta.dtype, delta.device), draws[:, 4]).flatten(1).unsqueeze(1)
-        fresh = shape * _signs(draws[:, 5:, None], delta.dtype) + _unit(delta.gather(2, first))
-        fresh = _unit(fresh) * ((squares - kept).clamp_min(0) + unused).sqrt()
+        held, kept = (self.mass(t).sum(dim=2, keepdim=True) for t in (delta, cleared))
+        unused = (self.mass(self._radius.flatten(2)) - held.sum(dim=1, keepdim=True)).clamp_min(0) / delta.shape[1]
+        shape = _turned(self._pair(side), draws[:, 4]).flatten(1).unsqueeze(1)
+        fresh = shape * _signs(draws[:, 5:, None], delta.dtype) + self._unit(delta.gather(2, first))
+        fresh = self.gain * self._unit(fresh) * self.length((held - kept).clamp_min(0) + unused)
         self._changed = self._at_radius(cleared.scatter_(2, first, fresh).reshape(self.points.shape))
         return self._changed
 
     def settle(self, better: Tensor) -> None:
         self.points = pick(better, self._changed, self.points)
+
+    @property
+    @abstractmethod
+    def gain(self) -> float:
+        """How many times the mass that it takes over a window receives."""
+
+    @abstractmethod
+    def mass(self, entries: Tensor) -> Tensor:
+        """Return what the entries of a change add to its size."""
+
+    @abstractmethod
+    def length(self, mass: Tensor) -> Tensor:
+        """Return the length of a change of this size."""
+
+    @abstractmethod
+    def _at_radius(self, delta: Tensor) -> Tensor:
+        """Return points at distance eps along `delta`, as far as the image bounds allow."""
+
+    def _pair(self, side: int) -> Tensor:
+        return bump_pair(side, self._x.dtype, self._x.device, self.order)
+
+    def _unit(self, rows: Tensor) -> Tensor:
+        return rows / self.length(self.mass(rows).sum(dim=2, keepdim=True)).clamp_min(1e-12)
+
+
+class L2Moves(BumpMoves):
+    """Lengths are Euclidean."""
+
+    order = 2
+    gain = 1
+
+    def mass(self, entries: Tensor) -> Tensor:
+        return entries.square()
+
+    def length(self, mass: Tensor) -> Tensor:
+        return mass.sqrt()
 
     def _at_radius(self, delta: Tensor) -> Tensor:
         """Return points at distance eps along `delta`, as far as the image bounds allow.
@@ -164,15 +204,37 @@ class L2Moves:
         """
         # A few ulp short of eps: the oracle drops points that rounding puts outside.
         radius = self._radius * (1 - 8 * torch.finfo(delta.dtype).eps)
-        low, high = self._bounds[0] - self._x, self._bounds[1] - self._x
+        low, high = self._threat.bounds[0] - self._x, self._threat.bounds[1] - self._x
         for fill in range(1 + FILLS):
             length = delta.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1).clamp_min(1e-12)
             factor = radius / length
             delta = (delta * (factor if fill < FILLS else factor.clamp_max(1))).clamp(low, high)
-        return (self._x + delta).clamp(*self._bounds)
+        return (self._x + delta).clamp(*self._threat.bounds)
 
 
-MOVES: dict[str, type[Moves]] = {"linf": LinfMoves, "l2": L2Moves}
+class L1Moves(BumpMoves):
+    """Lengths are sums of absolute values: what is over is taken from all entries alike, and small ones go to 0."""
+
+    order = 1
+
+    @property
+    def gain(self) -> int:
+        """A window receives so much for each channel, and the rest of the image pays for it."""
+        return self._x.shape[1]
+
+    def mass(self, entries: Tensor) -> Tensor:
+        return entries.abs()
+
+    def length(self, mass: Tensor) -> Tensor:
+        return mass
+
+    def _at_radius(self, delta: Tensor) -> Tensor:
+        """Return the nearest points in the ball and the image bounds, of changes that are at least eps long."""
+        held = self.mass(delta).flatten(1).sum(dim=1).reshape(-1, 1, 1, 1).clamp_min(1e-12)
+        return self._threat.project(self._x + delta * (self._radius / held).clamp_min(1), self._x)
+
+
+MOVES: dict[str, type[Moves]] = {"linf": LinfMoves, "l2": L2Moves, "l1": L1Moves}
 
 
 def _corners(images: Tensor, side: int | Tensor, down: Tensor, across: Tensor) -> Tensor:
@@ -210,29 +272,26 @@ def _signs(draws: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(draws < 0.5, -1, 1).to(dtype)
 
 
-def _unit(rows: Tensor) -> Tensor:
-    return rows / rows.square().sum(dim=2, keepdim=True).sqrt().clamp_min(1e-12)
-
-
 def _turned(shape: Tensor, draws: Tensor) -> Tensor:
     """Return `shape` (s, s), transposed where the draw (...) says so: (..., s, s)."""
     return torch.where(draws[..., None, None] < 0.5, shape, shape.T)
 
 
 @lru_cache(maxsize=64)
-def bump_pair(side: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return two bumps of opposite sign, one above the other, (side, side) of l2 norm 1."""
-    pair = torch.cat([_bump(side // 2, side), -_bump(side - side // 2, side)]) / math.sqrt(2 if side > 1 else 1)
-    return pair.to(dtype=dtype, device=device)
+def bump_pair(side: int, dtype: torch.dtype, device: torch.device, order: int = 2) -> Tensor:
+    """Return two bumps of opposite sign, one above the other, (side, side), of norm 1; `order` 2 for l2, 1 for l1."""
+    pair = torch.cat([_bump(side // 2, side, order), -_bump(side - side // 2, side, order)])
+    return (pair / (2 if side > 1 else 1) ** (1 / order)).to(dtype=dtype, device=device)
 
 
-def _bump(height: int, width: int) -> Tensor:
-    """Return a bump (height, width) of norm 1: sum of 1 / (k + 1)^2 over the squares k = 0, 1, ... around its centre.
+def _bump(height: int, width: int, order: int) -> Tensor:
+    """Return a bump (height, width) of norm 1: sum of 1 / (k + 1)^p over the squares k = 0, 1, ... around its centre.
 
-    Square k holds the entries at most k rows and columns from the centre; the last one holds the rectangle.
+    Square k holds the entries at most k rows and columns from the centre; the last one holds the rectangle. p is 2 in
+    l2, and in l1 4, as in the authors' code (2103.01208).
     """
     rows, columns = (torch.arange(size, dtype=torch.float64) - size // 2 for size in (height, width))
     ring = torch.maximum(rows.abs()[:, None], columns.abs()).long()
-    weights = 1 / torch.arange(1, max(height, width) // 2 + 2, dtype=torch.float64).square()
+    weights = 1 / torch.arange(1, max(height, width) // 2 + 2, dtype=torch.float64).pow(4 // order)
     bump = weights.flip(0).cumsum(0).flip(0)[ring]
-    return bump / bump.square().sum().sqrt() if height else bump
+    return bump / bump.pow(order).sum().pow(1 / order) if height else bump

@@ -3,9 +3,8 @@
 Threat: linf, l2, l1. Access: gradients.
 Source: Croce and Hein 2020, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
 attacks" (2003.01690); the l1 budgets are those of Croce and Hein 2021, "Mind the box" (2103.01208).
-Departures: those of the parts (see APGD, FABT and Square). Parts that do not support a threat are left out: Square in
-l1. With few classes the parts have fewer targets, and with two or three the ratio loss falls back on what is left of
-it, where the original stops.
+Departures: those of the parts (see APGD, FABT and Square). With few classes the parts have fewer targets, and with two
+or three the ratio loss falls back on what is left of it, where the original stops.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class AutoAttack(Attack):
 
     def parts(self, threat: Lp) -> list[Attack]:
         """Return the attacks of the ensemble that search this threat, in their order."""
-        return [part for part in VARIANTS[self.variant][threat.norm] if part.supports(threat)]
+        return list(VARIANTS[self.variant][threat.norm])
 
     def supports(self, threat: Threat) -> bool:
         """Say whether the threat is an linf, l2 or l1 ball with a budget."""

@@ -1,8 +1,9 @@
 """Square attack: random search with square windows.
 
-Threat: linf, l2. Access: scores.
+Threat: linf, l2, l1. Access: scores.
 Source: Andriushchenko, Croce, Flammarion and Hein 2019, "Square Attack: a query-efficient black-box adversarial attack
-via random search" (1912.00049); p_init 0.8 and 5,000 queries are those of AutoAttack (Croce and Hein 2020, 2003.01690).
+via random search" (1912.00049); for l1 Croce and Hein 2021, "Mind the box: l1-APGD for sparse adversarial attacks on
+image classifiers" (2103.01208); p_init 0.8 and 5,000 queries are those of AutoAttack (Croce and Hein 2020, 2003.01690).
 Departures: each sample draws its own windows (AutoAttack's batch shares them); a window may lie anywhere, the last row
 and column included; images need not be square; in l2, what clipping to the image bounds takes from the change is given
 back at once, so that candidates use the whole radius; the first candidate counts as a query.

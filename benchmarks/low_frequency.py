@@ -25,6 +25,7 @@ from robustbench_lite.attacks import (
     Attack,
     Boundary,
     EvolutionStrategy,
+    FoolboxAttack,
     LowFrequencyBoundary,
     LowFrequencyNES,
     OpenAIES,
@@ -64,7 +65,7 @@ def families(threat: Lp) -> dict[str, Lines]:
         walks: Lines = [
             (f"low, {name}", replace(LowFrequencyBoundary(), basis=DCT(f))) for name, f in FRACTIONS.items()
         ]
-        found["Boundary"] = [("pixels", Boundary()), *walks]
+        found["Boundary"] = [("pixels", Boundary()), ("Foolbox's", FoolboxAttack("BoundaryAttack")), *walks]
     return found
 
 

@@ -34,6 +34,7 @@ THREATS = [
     Lp("l0", None),
     Deformation(None),
     WeightedLp("l1", 12.0),
+    WeightedLp("l1", None),
 ]
 NAMES = torch.arange(40, 52)  # of the 12 images, for their random streams
 

@@ -112,19 +112,22 @@ def test_linf_moves_stay_on_the_corners_and_always_change_something(channels):
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 5, 8, 13])
-def test_bump_pairs_have_norm_one_and_two_signs(side):
-    pair = bump_pair(side, torch.float64, torch.device("cpu"))
+@pytest.mark.parametrize("order", [2, 1])
+def test_bump_pairs_have_norm_one_and_two_signs(side, order):
+    pair = bump_pair(side, torch.float64, torch.device("cpu"), order)
     assert pair.shape == (side, side)
-    assert abs(pair.norm().item() - 1) < 1e-12
+    assert abs(pair.norm(p=order).item() - 1) < 1e-12
+    assert side == 1 or torch.allclose(pair[: side // 2].norm(p=order), pair[side // 2 :].norm(p=order))
     assert (pair[: side // 2] > 0).all() and (pair[side // 2 :] < 0).all()
 
 
-def test_a_bump_is_the_sum_of_the_papers_squares():
-    """eta_{r,s} = sum_{k=0}^{M} 1 / (n + 1 - k)^2, with M = n - (rings from the centre)."""
-    lower = -bump_pair(9, torch.float64, torch.device("cpu"))[4:]  # 5 x 9: n = 4, centre (2, 4)
+@pytest.mark.parametrize(("order", "power"), [(2, 2), (1, 4)])
+def test_a_bump_is_the_sum_of_the_papers_squares(order, power):
+    """eta_{r,s} = sum_{k=0}^{M} 1 / (n + 1 - k)^2, with M = n - (rings from the centre); in l1 the fourth power."""
+    lower = -bump_pair(9, torch.float64, torch.device("cpu"), order)[4:]  # 5 x 9: n = 4, centre (2, 4)
     expected = torch.tensor(
         [
-            [sum(1 / (4 + 1 - k) ** 2 for k in range(4 - max(abs(r - 2), abs(s - 4)) + 1)) for s in range(9)]
+            [sum(1 / (4 + 1 - k) ** power for k in range(4 - max(abs(r - 2), abs(s - 4)) + 1)) for s in range(9)]
             for r in range(5)
         ],
         dtype=torch.float64,
@@ -165,7 +168,38 @@ def test_l2_moves_mass_within_two_windows_and_channels():
     assert emptied[~in_first].abs().max() < 1e-12
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.12), ("l2", 0.6)])
+def test_l1_candidates_use_the_radius_inside_the_threat_and_grow_sparser():
+    x = torch.rand(8, 3, 8, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[:4] = 0.5  # far from the bounds
+    net = Recorder(unbreakable)
+    threat = Lp("l1", 4.0)
+    Square(queries=60)(net, x, torch.zeros(8, dtype=torch.int64), threat)
+    for candidates in net.asked[1:]:
+        assert threat.contains(candidates, x).all()
+        assert ((candidates - x).flatten(1).abs().sum(dim=1)[:4] - 4.0).abs().max() < 1e-6
+    moved = [(candidates != x).flatten(1).sum(dim=1)[:4] for candidates in (net.asked[1], net.asked[-1])]
+    assert (moved[1] < moved[0]).all()
+
+
+def test_an_l1_window_receives_its_mass_once_a_channel_and_the_rest_pays():
+    x = torch.full((6, 2, 9, 9), 0.5, dtype=torch.float64)
+    threat = Lp("l1", 3.0)
+    moves = MOVES["l1"](x, threat, streams(6))
+    before = (moves.points - x).flatten(2)
+    draws = streams(6).uniform(moves.draws)
+    moves.plan([3], draws.unsqueeze(1))
+    after = (moves.change(0) - x).flatten(2)
+    first, second = (_window(x, 3, _corners(x, 3, draws[:, i], draws[:, i + 1])) for i in (0, 2))
+    outside = torch.ones(6, 2, 81, dtype=torch.bool).scatter(2, first, False).scatter(2, second, False)
+    shrunk = before.abs() - after.abs()
+    taken = torch.stack([shrunk[i][outside[i] & (after[i] != 0)].mean() for i in range(6)])
+    for i in range(6):  # a soft threshold: all that stay lose the same
+        assert torch.allclose(shrunk[i][outside[i] & (after[i] != 0)], taken[i], atol=1e-6)
+    assert (taken > 0).any() and (taken > -1e-6).all()
+    assert torch.allclose(after.abs().sum(dim=(1, 2)), torch.tensor(3.0, dtype=torch.float64), atol=1e-5)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.12), ("l2", 0.6), ("l1", 2.5)])
 @pytest.mark.parametrize("loss", ["margin", "ce"])
 def test_it_beats_random_noise_and_equals_its_samples_one_by_one(norm, eps, loss, net, images):
     x = torch.cat([images, images.flip(3), images.flip(2)])
