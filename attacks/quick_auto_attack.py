@@ -98,10 +98,8 @@ class QuickAutoAttack(Attack):
         if ball.norm != "linf":
             rows = oracle.standing()
             far.search(oracle, rows[chosen[rows]], ball, streams.fork(2))
-        square = Square(queries=self.queries)
-        if square.supports(threat):
-            rows = oracle.standing(oracle.scores_cost)
-            square.search(oracle, rows[chosen[rows]], ball, streams.fork(0))
+        rows = oracle.standing(oracle.scores_cost)
+        Square(queries=self.queries).search(oracle, rows[chosen[rows]], ball, streams.fork(0))
         return oracle.best
 
     def _aims(self, oracle: Oracle, x: Tensor, goal: Goal, threat: Lp) -> tuple[Tensor, list[Goal]]:
