@@ -136,7 +136,8 @@ class Ascent:
         cost = self.estimator.cost(oracle)
         ball, own = threat.take(rows), streams.take(rows)
         project, velocity = ball.projector(oracle.x[rows]), None
-        late = isinstance(self.estimator, Autograd) and oracle.ranks_by(self.loss)  # the best are kept when they leave
+        # Who asks once a step about points of the oracle's own ball may keep the best ones when they leave.
+        late = type(self.estimator) is Autograd and threat is oracle.threat and oracle.ranks_by(self.loss)
         best = _Best(points) if late else None
         for step in range(self.steps):
             if step % oracle.compact_every == 0:

@@ -44,7 +44,7 @@ def main() -> None:
         net = nn.Conv2d(channels, filters, kernel, stride, padding).requires_grad_(False)
         x = torch.rand(batch, channels, side, side).requires_grad_()
         theirs = net(x)
-        with image_gradients(net):
+        with image_gradients(x):
             ours = net(x)
         weights = torch.randn_like(theirs)
         works = [partial(net, x), partial(_slope, theirs, x, weights), partial(_slope, ours, x, weights)]

@@ -8,17 +8,17 @@ convolution itself, and so the model's answer, is left to PyTorch. `benchmarks/f
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
-from torch.nn.functional import fold
+from torch.nn import functional
 from torch.nn.grad import conv2d_input
 
 __all__ = ["image_gradients"]
@@ -29,55 +29,75 @@ SHIFTS = 25  # pixels of a kernel that slides by one, at most
 VALUES = 1 << 20  # in patches at a time: 4 MiB stay in the cache, whatever the batch
 
 
+class _Questions(threading.local):
+    """Whether this thread asks a net for gradients just now."""
+
+    asking = False
+
+
+_questions = _Questions()
+_lock, _count, _conv2d = threading.Lock(), 0, functional.conv2d
+
+
 @contextmanager
-def image_gradients(model: Any) -> Iterator[None]:
-    """Give a net's convolutions of few channels, if frozen, the faster gradient; what is no module passes through."""
-    parts = _plain_convolutions(model) if isinstance(model, nn.Module) else []
-    for part in parts:
-        part._conv_forward = partial(_convolve, part)  # type: ignore[method-assign]
+def image_gradients(images: Tensor) -> Iterator[None]:
+    """Give a net's convolutions of few channels, if frozen, the faster gradient while it is asked about `images`.
+
+    Until the last question of any thread is answered, `torch.nn.functional.conv2d` is a function that looks whether
+    its own thread is asking. A `TorchFunctionMode` would see each operation of the net, and each would take longer.
+    """
+    if images.device.type != "cpu" or not torch.is_grad_enabled():
+        yield
+        return
+    before = _questions.asking
+    _enter()
     try:
+        _questions.asking = True
         yield
     finally:
-        for part in parts:
-            del part._conv_forward
+        _questions.asking = before
+        _leave()
 
 
-def _plain_convolutions(model: nn.Module) -> list[nn.Conv2d]:
-    """Return the convolutions to take over: PyTorch's own, in a net that is not compiled, not taken over already."""
-    parts = list(model.modules())
-    if any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts):
-        return []
-    return [part for part in parts if isinstance(part, nn.Conv2d) and _plain(part)]
+def _enter() -> None:
+    global _count, _conv2d
+    with _lock:
+        if _count == 0:
+            _conv2d, functional.conv2d = functional.conv2d, _convolve
+        _count += 1
 
 
-def _plain(part: nn.Conv2d) -> bool:
-    pairs = all(isinstance(pair, tuple) and len(pair) == 2 for pair in (part.stride, part.padding))
-    simple = part.dilation == (1, 1) and part.groups == 1 and part.padding_mode == "zeros"
-    own = getattr(part._conv_forward, "__func__", None) is nn.Conv2d._conv_forward
-    return part.in_channels <= CHANNELS and pairs and simple and own
+def _leave() -> None:
+    global _count
+    with _lock:
+        _count -= 1
+        if _count == 0 and functional.conv2d is _convolve:
+            functional.conv2d = _conv2d
 
 
-def _convolve(part: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Do what `part` does, with the other gradient where it suits and pays."""
-    if torch.is_grad_enabled() and _suits(x, weight, bias) and _pays(x, weight, *part.stride):
-        return cast(Tensor, _Convolution.apply(x, weight, bias, part.stride, part.padding))
-    return cast(Tensor, nn.Conv2d._conv_forward(part, x, weight, bias))
+def _convolve(*args: Any, **kwargs: Any) -> Any:
+    """Do what `conv2d` does, with the other gradient where it is asked for, suits and pays."""
+    if torch.compiler.is_compiling() or kwargs or len(args) != 7 or not _questions.asking:
+        return _conv2d(*args, **kwargs)
+    return _Convolution.apply(*args[:5]) if _suits(*args) and _pays(*args) else _conv2d(*args)
 
 
-def _suits(x: Any, weight: Any, bias: Any) -> bool:
-    """Say whether the gradient is sought for the images alone, and nothing else is asked of it."""
+def _suits(x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: Any) -> bool:
+    """Say whether this is a plain convolution of few channels whose gradient is sought for the images alone."""
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter) and x.ndim == 4 and x.device.type == "cpu"
-    if not plain or not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
+    if not plain or weight.shape[1] > CHANNELS or not x.dtype == weight.dtype == torch.float32:
         return False
-    if torch.compiler.is_compiling() or _mapped(x) or unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+    if torch.is_autocast_enabled("cpu") or _mapped(x) or unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
         return False
-    return x.requires_grad and not weight.requires_grad and (bias is None or not bias.requires_grad)
+    pairs = all(isinstance(pair, tuple) and len(pair) == 2 for pair in (stride, padding, dilation))
+    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    return x.requires_grad and torch.is_grad_enabled() and frozen and pairs and dilation == (1, 1) and groups == 1
 
 
-def _pays(x: Tensor, weight: Tensor, down: int, across: int) -> bool:
+def _pays(x: Tensor, weight: Tensor, bias: Any, stride: tuple[int, int], *rest: Any) -> bool:
     """Say whether the other way is worth it."""
-    patch, places = math.prod(weight.shape[1:]), x.shape[2] * x.shape[3] // (down * across)
-    few = down * across > 1 or math.prod(weight.shape[2:]) <= SHIFTS
+    patch, places = math.prod(weight.shape[1:]), x.shape[2] * x.shape[3] // math.prod(stride)
+    few = stride != (1, 1) or math.prod(weight.shape[2:]) <= SHIFTS
     return few and len(x) >= IMAGES and len(x) * places * patch >= WORK
 
 
@@ -129,7 +149,7 @@ class _Sliding:
         """Return images (n, C, H, W): the sums of patches (n, C * kh * kw, h * w) at h by w places."""
         channels, *sides = self.image
         if self.stride != (1, 1):
-            return fold(patches, tuple(sides), self.patch, 1, self.padding, self.stride)
+            return functional.fold(patches, tuple(sides), self.patch, 1, self.padding, self.stride)
         spread = patches.reshape(len(patches), channels, *self.patch, *places)
         tall, wide = (place + side - 1 for place, side in zip(places, self.patch, strict=True))
         whole = patches.new_zeros(len(patches), channels, tall, wide)

@@ -137,7 +137,6 @@ class Oracle:
 
     def __enter__(self) -> Self:
         self._context.enter_context(frozen(self._model, self._view))
-        self._context.enter_context(image_gradients(self._view))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -509,10 +508,11 @@ class Oracle:
         images = images if transform is None else transform(images, part)
         version = version_of(images)
         if through is not None:
-            with frozen(through), image_gradients(through):
+            with frozen(through), image_gradients(images):
                 return _checked_values(through(images), images, version)
         try:
-            logits = model(images)
+            with image_gradients(images):
+                logits = model(images)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

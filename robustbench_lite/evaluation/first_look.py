@@ -79,9 +79,9 @@ def _ask(model: Model, x: Tensor) -> Tensor:
 def _gradients(subject: Subject, x: Tensor, *losses: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """Return the gradients (B, C, H, W) of losses of the logits, from one forward pass."""
     leaf = x.clone().requires_grad_()
-    asked = subject.model if subject.view is None else subject.view
-    with torch.enable_grad(), frozen(subject.model, subject.view), image_gradients(asked):
-        logits = _ask(asked, leaf)
+    with torch.enable_grad(), frozen(subject.model, subject.view):
+        with image_gradients(leaf):
+            logits = _ask(subject.model if subject.view is None else subject.view, leaf)
         return [_slope(loss(logits), leaf) for loss in losses]
 
 
