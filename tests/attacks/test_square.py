@@ -195,7 +195,7 @@ def test_an_l1_window_receives_its_mass_once_a_channel_and_the_rest_pays():
     taken = torch.stack([shrunk[i][outside[i] & (after[i] != 0)].mean() for i in range(6)])
     for i in range(6):  # a soft threshold: all that stay lose the same
         assert torch.allclose(shrunk[i][outside[i] & (after[i] != 0)], taken[i], atol=1e-6)
-    assert (taken > 0).any() and (taken > -1e-6).all()
+    assert taken.max() > 1e-4 and taken.min() > -1e-6
     assert torch.allclose(after.abs().sum(dim=(1, 2)), torch.tensor(3.0, dtype=torch.float64), atol=1e-5)
 
 
