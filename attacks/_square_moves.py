@@ -149,11 +149,11 @@ class BumpMoves(ABC):
         )
         delta = (self.points - self._x).flatten(2)
         cleared = delta.scatter(2, first, 0).scatter_(2, second, 0)
-        held, kept = (self.mass(t).sum(dim=2, keepdim=True) for t in (delta, cleared))
-        unused = (self.mass(self._radius.flatten(2)) - held.sum(dim=1, keepdim=True)).clamp_min(0) / delta.shape[1]
+        held, kept = (self._mass(t).sum(dim=2, keepdim=True) for t in (delta, cleared))
+        unused = (self._mass(self._radius.flatten(2)) - held.sum(dim=1, keepdim=True)).clamp_min(0) / delta.shape[1]
         shape = _turned(self._pair(side), draws[:, 4]).flatten(1).unsqueeze(1)
         fresh = shape * _signs(draws[:, 5:, None], delta.dtype) + self._unit(delta.gather(2, first))
-        fresh = self.gain * self._unit(fresh) * self.length((held - kept).clamp_min(0) + unused)
+        fresh = self.gain * self._unit(fresh) * self._length((held - kept).clamp_min(0) + unused)
         self._changed = self._at_radius(cleared.scatter_(2, first, fresh).reshape(self.points.shape))
         return self._changed
 
@@ -166,22 +166,20 @@ class BumpMoves(ABC):
         """How many times the mass that it takes over a window receives."""
 
     @abstractmethod
-    def mass(self, entries: Tensor) -> Tensor:
-        """Return what the entries of a change add to its size."""
-
-    @abstractmethod
-    def length(self, mass: Tensor) -> Tensor:
-        """Return the length of a change of this size."""
-
-    @abstractmethod
     def _at_radius(self, delta: Tensor) -> Tensor:
         """Return points at distance eps along `delta`, as far as the image bounds allow."""
+
+    def _mass(self, entries: Tensor) -> Tensor:
+        return entries.abs().pow(self.order)
+
+    def _length(self, mass: Tensor) -> Tensor:
+        return mass.pow(1 / self.order)
 
     def _pair(self, side: int) -> Tensor:
         return bump_pair(side, self._x.dtype, self._x.device, self.order)
 
     def _unit(self, rows: Tensor) -> Tensor:
-        return rows / self.length(self.mass(rows).sum(dim=2, keepdim=True)).clamp_min(1e-12)
+        return rows / self._length(self._mass(rows).sum(dim=2, keepdim=True)).clamp_min(1e-12)
 
 
 class L2Moves(BumpMoves):
@@ -189,12 +187,6 @@ class L2Moves(BumpMoves):
 
     order = 2
     gain = 1
-
-    def mass(self, entries: Tensor) -> Tensor:
-        return entries.square()
-
-    def length(self, mass: Tensor) -> Tensor:
-        return mass.sqrt()
 
     def _at_radius(self, delta: Tensor) -> Tensor:
         """Return points at distance eps along `delta`, as far as the image bounds allow.
@@ -222,15 +214,9 @@ class L1Moves(BumpMoves):
         """A window receives so much for each channel, and the rest of the image pays for it."""
         return self._x.shape[1]
 
-    def mass(self, entries: Tensor) -> Tensor:
-        return entries.abs()
-
-    def length(self, mass: Tensor) -> Tensor:
-        return mass
-
     def _at_radius(self, delta: Tensor) -> Tensor:
         """Return the nearest points in the ball and the image bounds, of changes that are at least eps long."""
-        held = self.mass(delta).flatten(1).sum(dim=1).reshape(-1, 1, 1, 1).clamp_min(1e-12)
+        held = self._mass(delta).flatten(1).sum(dim=1).reshape(-1, 1, 1, 1).clamp_min(1e-12)
         return self._threat.project(self._x + delta * (self._radius / held).clamp_min(1), self._x)
 
 
