@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-__all__ = ["condition", "fit_scales", "kernel", "log_marginal_likelihood", "posterior"]
+__all__ = ["condition", "kernel", "posterior"]
 
 JITTER = 1e-8  # times the signal variance, for the factorisation alone
-NOISE_FLOOR = 1e-4  # of the signal variance: the features of a trained net repeat themselves
 
 
 def kernel(a: Tensor, b: Tensor, scales: Tensor) -> Tensor:
@@ -47,42 +44,3 @@ def posterior(
     across = kernel(x, points, scales)
     variance = torch.exp(scales[0]) - (across @ inverse_root).square().sum(dim=1)
     return across @ weights, variance.clamp_min(torch.finfo(x.dtype).tiny)
-
-
-def log_marginal_likelihood(points: Tensor, targets: Tensor, scales: Tensor) -> Tensor:
-    """Return the sum over the columns of the targets (N, C) of log p(y | points), a scalar."""
-    count, columns = targets.shape
-    root = _factor(points, scales)
-    white = torch.linalg.solve_triangular(root, targets, upper=False)
-    determinant = 2 * root.diagonal().log().sum()
-    value: Tensor = -0.5 * (white.square().sum() + columns * (determinant + count * math.log(2 * math.pi)))
-    return value
-
-
-def fit_scales(points: Tensor, targets: Tensor, steps: int = 100) -> Tensor:
-    """Return the `scales` (3,) of the largest marginal likelihood, found by L-BFGS from the median distance."""
-    distances = torch.pdist(points)
-    length = distances[distances > 0].median() if bool((distances > 0).any()) else points.new_ones(())
-    start = torch.stack([points.new_zeros(()), length.log(), points.new_tensor(math.log(0.1))])
-    scales = start.clone().requires_grad_()
-    solver = torch.optim.LBFGS([scales], max_iter=steps, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        solver.zero_grad()
-        value = -log_marginal_likelihood(points, targets, bounded(scales, start)) / targets.numel()
-        value.backward()  # type: ignore[no-untyped-call]
-        return value
-
-    with torch.enable_grad():
-        solver.step(loss)  # type: ignore[no-untyped-call]
-    return bounded(scales.detach(), start)
-
-
-def bounded(scales: Tensor, start: Tensor) -> Tensor:
-    """Return the scales kept where the kernel matrix can be factorised: at most e^6 from the start, noise >= a floor.
-
-    A smooth bound: beyond a hard one the line search would meet a zero gradient.
-    """
-    near = start + 6 * torch.tanh((scales - start) / 6)
-    noise = torch.logaddexp(near[2], near[0] + math.log(NOISE_FLOOR))
-    return torch.stack([near[0], near[1], noise])

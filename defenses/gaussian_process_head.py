@@ -8,8 +8,9 @@ Refused is what has a large variance or a small mean. Both tests are made one by
 quantile at which the label of the answered class is positive, so that one threshold keeps one false-positive rate.
 Departures: the paper classifies with a Laplace approximation and a Gaussian-process latent variable model; regression
 on the labels is exact. The process sees the features of a net, not pixels, and a subset of the training samples, so
-that the weights file stays small; signal variance, length and noise maximise the marginal likelihood. All is plain
-linear algebra in float64 (a variance is a small difference): a library for Gaussian processes would not shorten it.
+that the weights file stays small. GPyTorch finds the signal variance, length and noise of the largest marginal
+likelihood (the extra `gp`, which training needs); answers are plain linear algebra in float64, since a variance is a
+small difference.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 
 from robustbench_lite.attacks.hclu import HighConfidenceLowUncertainty
 from robustbench_lite.attacks.rejection_aware import RejectionAware
-from robustbench_lite.defenses._gaussian_process import condition, fit_scales, posterior
+from robustbench_lite.defenses._gaussian_process import condition, posterior
 from robustbench_lite.defenses._penultimate import embed, embed_all, last_linear
 from robustbench_lite.defenses.base import TrainingData
 from robustbench_lite.defenses.detector import Detector
@@ -92,6 +93,7 @@ class GaussianProcessHead(Detector):
         """Keep the features of a subset of the samples, and fit the kernel to them.
 
         Raises:
+            ModuleNotFoundError: the extra `gp` is not installed.
             ValueError: fewer samples than `size`.
         """
         if len(data.images) < self.size:
@@ -99,7 +101,7 @@ class GaussianProcessHead(Detector):
         chosen = _balanced(data.labels, self.size).to(data.images.device)
         self.points.copy_(embed_all(self.net, data.images[chosen])[1])
         self.labels.copy_(data.labels[chosen])
-        self.scales.copy_(fit_scales(self.points.double(), self._targets()))
+        self.scales.copy_(_likely_scales(self.points, self._targets()))
         _condition(self)
 
     def _targets(self) -> Tensor:
@@ -118,6 +120,16 @@ def _condition(head: GaussianProcessHead, _: Any = None) -> None:
         weights, root = condition(head.points.double(), head._targets(), head.scales.double())
         head._weights.copy_(weights)
         head._inverse_root.copy_(root)
+
+
+def _likely_scales(points: Tensor, targets: Tensor) -> Tensor:
+    try:
+        from robustbench_lite.defenses._likely_scales import likely_scales
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "GaussianProcessHead is fitted by GPyTorch: pip install 'robustbench_lite[gp]'; a trained one loads without"
+        ) from error
+    return likely_scales(points, targets)
 
 
 def _balanced(labels: Tensor, size: int) -> Tensor:
