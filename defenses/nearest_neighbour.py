@@ -43,7 +43,7 @@ class NearestNeighbour(Wrapper):
         samples: training images that are kept, the first ones; None: all.
 
     Attributes:
-        reference_labels: labels of the training images, int64 (N,).
+        reference_labels: labels of the training images, which are kept in the order of their classes, int64 (N,).
 
     Raises:
         ValueError: `samples` that is no whole number, at least 1.
@@ -52,6 +52,7 @@ class NearestNeighbour(Wrapper):
     needs_data: ClassVar[bool] = True
     k: int = 1
     points: Tensor
+    sizes: Tensor
     reference_labels: Tensor
 
     def __init__(self, net: nn.Module, samples: int | None = None) -> None:
@@ -60,7 +61,9 @@ class NearestNeighbour(Wrapper):
             raise ValueError(f"samples must be a whole number of training images, at least 1, got {samples!r}")
         self.samples, self.num_classes = samples, 0
         self.shape: tuple[int, ...] = ()
+        self._counts: list[int] = []
         self.register_buffer("points", torch.zeros(0, 0), persistent=False)
+        self.register_buffer("sizes", torch.zeros(0), persistent=False)
         self.register_buffer("reference_labels", torch.zeros(0, dtype=torch.int64), persistent=False)
 
     @property
@@ -104,9 +107,10 @@ class NearestNeighbour(Wrapper):
             raise ValueError(
                 f"nearest neighbours need 2 classes or more with an image each, got counts {counts.tolist()}"
             )
-        place = self.points.device
-        self.num_classes, self.shape = int(data.num_classes), tuple(images.shape[1:])
-        self.points, self.reference_labels = images.flatten(1).to(place), labels.to(place)
+        place, order = self.points.device, labels.argsort(stable=True)
+        self.num_classes, self.shape, self._counts = int(data.num_classes), tuple(images.shape[1:]), counts.tolist()
+        self.points, self.reference_labels = images.flatten(1)[order].to(place), labels[order].to(place)
+        self.sizes = self.points.square().sum(dim=1)
 
     def adaptive_attacks(self, threat: Threat) -> list[Attack]:
         """Return the attack by quadratic programmes."""
@@ -120,13 +124,12 @@ class NearestNeighbour(Wrapper):
     @torch.no_grad()
     def _nearest(self, images: Tensor) -> Tensor:
         """Return the numbers of the nearest training images of each class, int64 (B, K)."""
-        members = [(self.reference_labels == label).nonzero().flatten() for label in range(self.num_classes)]
         found = torch.zeros(len(images), self.num_classes, dtype=torch.int64, device=images.device)
-        sizes = self.points.square().sum(dim=1)
         for part in blocks(len(images), len(self.points)):
-            far = squared_distances(images[part], self.points, sizes)
-            for label, rows in enumerate(members):
-                found[part, label] = rows[far[:, rows].argmin(dim=1)]
+            first, far = 0, squared_distances(images[part], self.points, self.sizes)
+            for label, members in enumerate(torch.split(far, self._counts, dim=1)):
+                found[part, label] = first + members.argmin(dim=1)
+                first += self._counts[label]
         return found
 
 

@@ -20,10 +20,14 @@ from robustbench_lite.defenses import NearestNeighbour
 UNLIMITED = Lp("l2", None)
 
 
-def fitted(n: int, size: int, seed: int = 0) -> NearestNeighbour:
+def fitted(n: int, size: int, seed: int = 0, rare: Tensor | None = None) -> NearestNeighbour:
+    """Return a defense of three classes in turn, or of two and the third where the image nearest to `rare` is."""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.rand(n, 1, size, size, generator=generator)
-    data = Dataset("noise", "train", images, torch.arange(n) % 3, torch.arange(n), 3)
+    images, labels = torch.rand(n, 1, size, size, generator=generator), torch.arange(n) % 3
+    if rare is not None:
+        nearest = torch.cdist(rare.flatten().unsqueeze(0), images.flatten(1)).argmin()
+        labels = (torch.arange(n) % 2).index_fill(0, nearest, 2)
+    data = Dataset("noise", "train", images, labels, torch.arange(n), 3)
     defense = NearestNeighbour(nn.Identity()).eval()
     defense.fit(data)
     return defense
@@ -102,9 +106,8 @@ def test_a_batch_of_n_is_n_batches_of_one_in_blocks_or_not(monkeypatch: pytest.M
 
 
 def test_a_rare_class_does_not_cut_what_the_others_get() -> None:
-    defense, x = fitted(60, 8).double(), queries(6, 8).double()
-    rare = torch.cdist(x[:1].flatten(1), defense.points).argmin()
-    defense.reference_labels = (torch.arange(60) % 2).index_fill(0, rare, 2)
+    x = queries(6, 8)
+    defense, x = fitted(60, 8, rare=x[0]).double(), x.double()
     y, attack = defense.predict(x), NearestNeighbourAttack(rounds=1)
     assert y.unique().tolist() == [0, 1, 2]
     whole = attack(defense, x, y, UNLIMITED)
