@@ -1,14 +1,15 @@
 """Deep k-nearest neighbours: what its credibility tells apart, and what its own attack leaves of it.
 
-The net's own adversarial examples (FGSM at linf 0.25, Carlini and Wagner's l2: the nearest, and the nearest that lead
-by 10 logits), and those of `DeepKNNAttack` on the defense: the nearest that it accepts at its threshold, and the
-nearest that are as credible as half of the clean calibration images (a threshold with a false-positive rate of 50 %).
+The zoo's defense meets adversarial examples of its bare net (FGSM at linf 0.25, Carlini and Wagner's l2: the nearest,
+and the nearest that lead by 10 logits; Foolbox makes those, in batches of 100), and those of `DeepKNNAttack` on the
+defense: the nearest that it accepts at its threshold, and the nearest that are as credible as half of the clean
+calibration images (a threshold with a false-positive rate of 50 %).
 One line a kind of input: accuracy of the net; accuracy of the neighbours; share of inputs that are wrong and accepted
 at the rate of 5 %; then, of the successes alone (a failure leaves the clean image), their number; mean credibility;
 ROC-AUC of the credibility, clean against these; mean l2 distance, and the same over that of Carlini and Wagner's
 examples, where both succeed.
 
-    RBL_DATA=... python benchmarks/deep_knn.py --data digits --k 25 --calibration 100
+    python benchmarks/deep_knn.py --data digits
     RBL_DATA=... python benchmarks/deep_knn.py --data mnist --images 100 --steps 200
     RBL_DATA=... python benchmarks/deep_knn.py --data mnist --images 1000 --also
 """
@@ -20,14 +21,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import foolbox
 import torch
 from nets import DATA
 from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
+from torch import Tensor, nn
 
-from robustbench_lite.attacks import FGSM, DeepKNNAttack, FoolboxAttack
+from robustbench_lite.attacks import FGSM, DeepKNNAttack
 from robustbench_lite.core.models import predict
 from robustbench_lite.core.results import AttackResult
 from robustbench_lite.core.threats import Lp
@@ -35,17 +37,6 @@ from robustbench_lite.data import load_data
 from robustbench_lite.defenses import DeepKNN
 from robustbench_lite.zoo import load_defense
 
-CARLINI_WAGNER, CONFIDENT = (
-    FoolboxAttack(
-        "L2CarliniWagnerAttack",
-        binary_search_steps=6,
-        steps=300,
-        stepsize=0.02,
-        initial_const=1.0,
-        confidence=confidence,
-    )
-    for confidence in (0.0, 10.0)
-)
 UNLIMITED = Lp("l2", None)
 COLUMNS = ("input", "net %", "neighbours %", "fooled %", "successes", "credibility", "AUC", "l2", "/ C&W", "s")
 
@@ -59,13 +50,21 @@ class Inputs:
     seconds: float
 
 
-def fitted(options: argparse.Namespace) -> DeepKNN:
-    """Return the defense around the zoo's undefended net."""
-    net = load_defense(f"{options.data}/standard").eval()
-    defense = DeepKNN(net, options.k, calibration=options.calibration, samples=options.references, trim=options.trim)
-    splits = (load_data(options.data, split=split, data_dir=DATA) for split in ("train", "calibration"))
-    defense.eval().fit(*splits)
-    return defense
+def what_it_found(result: AttackResult) -> tuple[Tensor, Tensor]:
+    """Return the points (B, C, H, W), and which of them are successes."""
+    return result.x_adv, result.success
+
+
+def carlini_wagner(net: nn.Module, x: Tensor, y: Tensor, confidence: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return the nearest examples (B, C, H, W) that lead by so many logits, and which of them are wrong."""
+    attack = foolbox.attacks.L2CarliniWagnerAttack(
+        binary_search_steps=6, steps=300, stepsize=0.02, initial_const=1.0, confidence=confidence
+    )
+    seen, points = foolbox.PyTorchModel(net, bounds=(0, 1), device=x.device), []
+    for images, labels in zip(x.split(100), y.split(100), strict=True):
+        points.append(attack(seen, images, foolbox.Misclassification(labels), epsilons=None)[0])
+    found = torch.cat(points)
+    return found, predict(net, found) != y
 
 
 def examples(defense: DeepKNN, x: Tensor, y: Tensor, options: argparse.Namespace) -> dict[str, Inputs]:
@@ -74,19 +73,18 @@ def examples(defense: DeepKNN, x: Tensor, y: Tensor, options: argparse.Namespace
     attack = DeepKNNAttack(steps=options.steps, judge_every=options.judge_every)
     found = {"clean": Inputs(x, torch.ones_like(y, dtype=torch.bool), 0.0)}
 
-    def add(name: str, work: Callable[[], AttackResult]) -> None:
+    def add(name: str, work: Callable[[], tuple[Tensor, Tensor]]) -> None:
         start = time.process_time()
-        result = work()
-        found[name] = Inputs(result.x_adv, result.success, time.process_time() - start)
+        found[name] = Inputs(*work(), time.process_time() - start)
 
-    add("FGSM linf 0.25", lambda: FGSM()(defense.net, x, y, Lp("linf", 0.25), stop="never"))
-    add("C&W l2", lambda: CARLINI_WAGNER(defense.net, x, y, UNLIMITED))
+    add("FGSM linf 0.25", lambda: what_it_found(FGSM()(defense.net, x, y, Lp("linf", 0.25), stop="never")))
+    add("C&W l2", lambda: carlini_wagner(defense.net, x, y))
     if "confident" in options.also:
-        add("C&W l2, confident", lambda: CONFIDENT(defense.net, x, y, UNLIMITED))
+        add("C&W l2, confident", lambda: carlini_wagner(defense.net, x, y, confidence=10.0))
     rates = {"DeepKNNAttack, accepted": 0.05, "DeepKNNAttack, as credible": 0.5} if "own" in options.also else {}
     for name, rate in rates.items():
         defense.calibrate(held_out, rate)
-        add(name, lambda: attack(defense, x, y, UNLIMITED))
+        add(name, lambda: what_it_found(attack(defense, x, y, UNLIMITED)))
     defense.calibrate(held_out, 0.05)
     return found
 
@@ -94,7 +92,7 @@ def examples(defense: DeepKNN, x: Tensor, y: Tensor, options: argparse.Namespace
 def table(defense: DeepKNN, x: Tensor, y: Tensor, options: argparse.Namespace) -> Table:
     """Return the lines of all kinds of inputs."""
     kinds = examples(defense, x, y, options)
-    about = f"k = {options.k}, {len(defense.reference_labels)} references, threshold {1 - float(defense.threshold):.3f}"
+    about = f"k = {defense.k}, {len(defense.reference_labels)} references, threshold {1 - float(defense.threshold):.3f}"
     lines = Table(*COLUMNS, title=f"{options.data}, {len(x)} images, {about}")
     for name, inputs in kinds.items():
         answers = predict(defense, inputs.points)
@@ -131,10 +129,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="digits", choices=["digits", "mnist"])
     parser.add_argument("--images", type=int, default=200)
-    parser.add_argument("--k", type=int, default=75)
-    parser.add_argument("--calibration", type=int, default=750, help="of digits' 200: 100")
-    parser.add_argument("--references", type=int, help="training images, the first ones; all where not given")
-    parser.add_argument("--trim", action="store_true")
     parser.add_argument(
         "--also", nargs="*", default=["confident", "own"], choices=["confident", "own"], help="slow kinds"
     )
@@ -143,7 +137,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     test = load_data(options.data, data_dir=DATA).sample(options.images, seed=0)
-    Console(width=120).print(table(fitted(options), test.images, test.labels, options))
+    defense = load_defense(f"{options.data}/deep_knn", data_dir=DATA).eval()
+    assert isinstance(defense, DeepKNN)
+    Console(width=120).print(table(defense, test.images, test.labels, options))
 
 
 if __name__ == "__main__":

@@ -19,19 +19,19 @@ REQUIRED = (
 )  # fmt: skip
 
 
-def names(data: str | None = None, *, root: Path | None = None) -> list[str]:
+def names(data: str | None = None, *, root: str | Path | None = None) -> list[str]:
     """Return the names of the entries, `<data>/<name>`, sorted.
 
     Args:
         data: only the entries of this data set; a name without entries gives an empty list.
         root: another zoo's folder; default the package's own.
     """
-    root = ROOT if root is None else root
+    root = ROOT if root is None else Path(root)
     found = (path.parent.relative_to(root).as_posix() for path in root.glob(f"*/*/{CARD}"))
     return sorted(name for name in found if data is None or name.split("/")[0] == data)
 
 
-def entry_folder(name: str, *, root: Path | None = None) -> Path:
+def entry_folder(name: str, *, root: str | Path | None = None) -> Path:
     """Return the folder of an entry.
 
     Raises:
@@ -40,10 +40,10 @@ def entry_folder(name: str, *, root: Path | None = None) -> Path:
     known = names(root=root)
     if name not in known:
         raise ValueError(suggest(name, known, "zoo entry"))
-    return (ROOT if root is None else root) / name
+    return (ROOT if root is None else Path(root)) / name
 
 
-def card(name: str, *, root: Path | None = None) -> dict[str, Any]:
+def card(name: str, *, root: str | Path | None = None) -> dict[str, Any]:
     """Return an entry's card: defense, source, data, model, command, seed, epochs, hours, versions, weights, figures.
 
     Args:

@@ -31,7 +31,7 @@ LIBRARIES = ("robustbench_lite", "torch", "torchvision", "numpy")
 
 
 def load_defense(
-    name: str, device: str | torch.device = "cpu", *, root: Path | None = None, data_dir: str | Path | None = None
+    name: str, device: str | torch.device = "cpu", *, root: str | Path | None = None, data_dir: str | Path | None = None
 ) -> nn.Module:
     """Rebuild a defense from its card and its weights.
 
@@ -80,7 +80,7 @@ def save_entry(
     epochs: int,
     hours: float,
     figures: Mapping[str, Any],
-    root: Path | None = None,
+    root: str | Path | None = None,
 ) -> Path:
     """Write `<root>/<name>/weights.safetensors` and its card, and return their folder. An old entry is replaced.
 
@@ -128,7 +128,7 @@ def save_entry(
         "figures": dict(figures),
     }
     text = yaml.safe_dump(about, sort_keys=False, allow_unicode=True, width=120)
-    folder = (ROOT if root is None else root) / name
+    folder = (ROOT if root is None else Path(root)) / name
     for file, written in ((WEIGHTS, content), (CARD, text.encode())):
         write_atomically(folder / file, written)
     return folder

@@ -57,7 +57,7 @@ def change_card(folder: Path, **changes: Any) -> None:
 
 def test_a_saved_defense_comes_back_exactly(tmp_path: Path) -> None:
     save(tmp_path)
-    original, loaded = net(), load_defense("digits/standard", root=tmp_path)
+    original, loaded = net(), load_defense("digits/standard", root=str(tmp_path))
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in original.state_dict().items())
     x = data().images
     assert torch.equal(loaded(x), original.eval()(x))
