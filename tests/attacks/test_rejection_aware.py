@@ -143,3 +143,29 @@ def test_what_it_supports_and_needs() -> None:
 def test_faults_are_named(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RejectionAware(**settings)  # type: ignore[arg-type]
+
+
+def test_a_step_in_l1_goes_along_a_twentieth_of_the_pixels() -> None:
+    asked: list[Tensor] = []
+
+    class Plain(nn.Module):
+        """Two classes, told by a plane through 100 pixels, that accepts all."""
+
+        rejects = True
+        threshold = torch.tensor(1.0, dtype=torch.float64)
+
+        def answer(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            asked.append(x.detach().clone())
+            level = (x.flatten(1) * torch.linspace(1, 2, 100, dtype=torch.float64)).sum(dim=1)
+            return torch.stack([75.0 - level, level - 65.0], dim=1), level * 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.answer(x)[0]
+
+        def predict(self, x: Tensor) -> Tensor:
+            return labels_of(self.answer(x)[0])
+
+    x, y = torch.full((1, 1, 10, 10), 0.5, dtype=torch.float64), torch.tensor([1])
+    RejectionAware(steps=3, restarts=1, targets=1)(Plain(), x, y, Lp("l1", 0.5))
+    moved = [(point - x).flatten() for point in asked if len(point) == 1 and not torch.equal(point, x)]
+    assert moved[0].nonzero().flatten().tolist() == [95, 96, 97, 98, 99]
