@@ -50,19 +50,19 @@ class Inputs:
     seconds: float
 
 
-def what_it_found(result: AttackResult) -> tuple[Tensor, Tensor]:
+def points_and_success(result: AttackResult) -> tuple[Tensor, Tensor]:
     """Return the points (B, C, H, W), and which of them are successes."""
     return result.x_adv, result.success
 
 
 def carlini_wagner(net: nn.Module, x: Tensor, y: Tensor, confidence: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Return the nearest examples (B, C, H, W) that lead by so many logits, and which of them are wrong."""
+    """Return examples (B, C, H, W) that are to lead by so many logits, and which of them get another label."""
     attack = foolbox.attacks.L2CarliniWagnerAttack(
         binary_search_steps=6, steps=300, stepsize=0.02, initial_const=1.0, confidence=confidence
     )
-    seen, points = foolbox.PyTorchModel(net, bounds=(0, 1), device=x.device), []
+    model, points = foolbox.PyTorchModel(net, bounds=(0, 1), device=x.device), []
     for images, labels in zip(x.split(100), y.split(100), strict=True):
-        points.append(attack(seen, images, foolbox.Misclassification(labels), epsilons=None)[0])
+        points.append(attack(model, images, foolbox.Misclassification(labels), epsilons=None)[0])
     found = torch.cat(points)
     return found, predict(net, found) != y
 
@@ -77,14 +77,14 @@ def examples(defense: DeepKNN, x: Tensor, y: Tensor, options: argparse.Namespace
         start = time.process_time()
         found[name] = Inputs(*work(), time.process_time() - start)
 
-    add("FGSM linf 0.25", lambda: what_it_found(FGSM()(defense.net, x, y, Lp("linf", 0.25), stop="never")))
+    add("FGSM linf 0.25", lambda: points_and_success(FGSM()(defense.net, x, y, Lp("linf", 0.25), stop="never")))
     add("C&W l2", lambda: carlini_wagner(defense.net, x, y))
     if "confident" in options.also:
         add("C&W l2, confident", lambda: carlini_wagner(defense.net, x, y, confidence=10.0))
     rates = {"DeepKNNAttack, accepted": 0.05, "DeepKNNAttack, as credible": 0.5} if "own" in options.also else {}
     for name, rate in rates.items():
         defense.calibrate(held_out, rate)
-        add(name, lambda: what_it_found(attack(defense, x, y, UNLIMITED)))
+        add(name, lambda: points_and_success(attack(defense, x, y, UNLIMITED)))
     defense.calibrate(held_out, 0.05)
     return found
 

@@ -1,61 +1,61 @@
-"""The scales of an RBF kernel under which labels are most likely, found by GPyTorch.
+"""The scales of an RBF kernel under which labels are most likely, found with GPyTorch.
 
 GPyTorch (Gardner, Pleiss, Bindel, Weinberger and Wilson 2018, 1809.11165) comes with the extra `gp`; it is needed to
-train a Gaussian process, and not to load one.
+fit a Gaussian process, and not to load one.
 """
 
 from __future__ import annotations
 
-import gpytorch
+import warnings
+
 import torch
-from gpytorch.constraints import GreaterThan
-from gpytorch.distributions import MultivariateNormal
-from gpytorch.kernels import RBFKernel, ScaleKernel
-from gpytorch.likelihoods import GaussianLikelihood
 from torch import Tensor
+
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)  # GPyTorch scripts a function
+    import gpytorch
+    from gpytorch.constraints import GreaterThan
 
 __all__ = ["likely_scales"]
 
-NOISE_FLOOR = 1e-4  # the features of a trained net repeat themselves: without noise the matrix is singular
+NOISE_FLOOR = 1e-4  # of the signal variance: features of a trained net repeat themselves, and K alone is singular
+LENGTH_FLOOR = 1e-3  # of the median distance: the line search tries extreme values
 STEPS = 100
 
 
-class _Regression(gpytorch.models.ExactGP):  # type: ignore[misc]
-    """Regression on targets (C, N) at points (N, D): a process for each of the C, all with one kernel and no mean."""
-
-    def __init__(self, points: Tensor, targets: Tensor, likelihood: GaussianLikelihood) -> None:
-        super().__init__(points, targets, likelihood)
-        self.mean = gpytorch.means.ZeroMean(batch_shape=targets.shape[:1])
-        self.kernel = ScaleKernel(RBFKernel())
-
-    def forward(self, points: Tensor) -> MultivariateNormal:
-        return MultivariateNormal(self.mean(points), self.kernel(points))
-
-
 def likely_scales(points: Tensor, targets: Tensor) -> Tensor:
-    """Return logarithms of signal variance, length and noise variance, float64 (3,), of the largest likelihood.
+    """Return logarithms of signal variance s_f^2, length and noise variance, float64 (3,), of the largest likelihood.
 
-    It is that of the columns of the targets (N, C) at the points (N, D), summed; L-BFGS climbs from the median distance
-    of two points.
+    It is the likelihood of the columns of the targets (N, C) at the points (N, D), summed, each a process with the same
+    kernel and no mean. For a given length and noise, in units of s_f^2, the best s_f^2 is y^T K^-1 y / (N C); L-BFGS
+    finds these two, from the median distance of two points and a tenth.
     """
-    points, targets = points.double(), targets.double().mT
-    likelihood = GaussianLikelihood(noise_constraint=GreaterThan(NOISE_FLOOR))
-    process = _Regression(points, targets, likelihood).to(points).train()
-    distances = torch.pdist(points)
-    apart = distances[distances > 0]
-    process.kernel.outputscale, process.likelihood.noise = 1.0, 0.1
-    process.kernel.base_kernel.lengthscale = apart.median() if len(apart) else 1.0
-    objective = gpytorch.mlls.ExactMarginalLogLikelihood(likelihood, process)
-    solver = torch.optim.LBFGS(process.parameters(), max_iter=STEPS, line_search_fn="strong_wolfe")
+    points, targets = points.double(), targets.double()
+    apart = torch.pdist(points)
+    apart = apart[apart > 0]
+    unit = apart.median() if len(apart) else points.new_ones(())
+    kernel = gpytorch.kernels.RBFKernel(lengthscale_constraint=GreaterThan(LENGTH_FLOOR)).to(points)
+    likelihood = gpytorch.likelihoods.GaussianLikelihood(noise_constraint=GreaterThan(NOISE_FLOOR)).to(points)
+    kernel.lengthscale, likelihood.noise = 1.0, 0.1
+    solver = torch.optim.LBFGS(
+        [*kernel.parameters(), *likelihood.parameters()], max_iter=STEPS, line_search_fn="strong_wolfe"
+    )
+
+    def signal_and_determinant() -> tuple[Tensor, Tensor]:
+        matrix = kernel(points / unit).add_diagonal(likelihood.noise)
+        square, determinant = matrix.inv_quad_logdet(inv_quad_rhs=targets, logdet=True)
+        return square / targets.numel(), determinant
 
     def loss() -> Tensor:
         solver.zero_grad()
-        value: Tensor = -objective(process(points), targets).sum()
+        signal, determinant = signal_and_determinant()
+        value: Tensor = (signal.log() + determinant / len(points)) / 2
         value.backward()  # type: ignore[no-untyped-call]
         return value
 
     exact = gpytorch.settings.fast_computations(covar_root_decomposition=False, log_prob=False, solves=False)
     with torch.enable_grad(), exact:
         solver.step(loss)  # type: ignore[no-untyped-call]
-    found = (process.kernel.outputscale, process.kernel.base_kernel.lengthscale.squeeze(), likelihood.noise.squeeze())
-    return torch.stack([scale.detach().log() for scale in found])
+        signal = signal_and_determinant()[0].detach()
+    length, noise = kernel.lengthscale.detach().squeeze() * unit, likelihood.noise.detach().squeeze() * signal
+    return torch.stack([signal, length, noise]).log()

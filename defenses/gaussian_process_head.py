@@ -99,13 +99,14 @@ class GaussianProcessHead(Detector):
         if len(data.images) < self.size:
             raise ValueError(f"size={self.size} training samples are to be kept, got {len(data.images)}: lower size")
         chosen = _balanced(data.labels, self.size).to(data.images.device)
-        self.points.copy_(embed_all(self.net, data.images[chosen])[1])
-        self.labels.copy_(data.labels[chosen])
-        self.scales.copy_(_likely_scales(self.points, self._targets()))
+        points, labels = embed_all(self.net, data.images[chosen])[1], data.labels[chosen].to(self.labels)
+        self.scales.copy_(_likely_scales(points, self._targets(labels)))
+        self.points.copy_(points)
+        self.labels.copy_(labels)
         _condition(self)
 
-    def _targets(self) -> Tensor:
-        return 2 * F.one_hot(self.labels, self._classes).double() - 1
+    def _targets(self, labels: Tensor) -> Tensor:
+        return 2 * F.one_hot(labels, self._classes).double() - 1
 
     def adaptive_attacks(self, threat: Threat) -> list[Attack]:
         """Return the attacks on the score, and on mean and variance."""
@@ -117,7 +118,7 @@ class GaussianProcessHead(Detector):
 def _condition(head: GaussianProcessHead, _: Any = None) -> None:
     """Compute what follows from the points, unless there are none; torch calls this after each load."""
     if bool(head.points.isfinite().all()):
-        weights, root = condition(head.points.double(), head._targets(), head.scales.double())
+        weights, root = condition(head.points.double(), head._targets(head.labels), head.scales.double())
         head._weights.copy_(weights)
         head._inverse_root.copy_(root)
 

@@ -43,7 +43,8 @@ class NearestNeighbour(Wrapper):
         samples: training images that are kept, the first ones; None: all.
 
     Attributes:
-        reference_labels: labels of the training images, which are kept in the order of their classes, int64 (N,).
+        points: the training images, in the order of their classes, (N, D).
+        reference_labels: their labels, int64 (N,).
 
     Raises:
         ValueError: `samples` that is no whole number, at least 1.
@@ -52,7 +53,6 @@ class NearestNeighbour(Wrapper):
     needs_data: ClassVar[bool] = True
     k: int = 1
     points: Tensor
-    sizes: Tensor
     reference_labels: Tensor
 
     def __init__(self, net: nn.Module, samples: int | None = None) -> None:
@@ -63,7 +63,6 @@ class NearestNeighbour(Wrapper):
         self.shape: tuple[int, ...] = ()
         self._counts: list[int] = []
         self.register_buffer("points", torch.zeros(0, 0), persistent=False)
-        self.register_buffer("sizes", torch.zeros(0), persistent=False)
         self.register_buffer("reference_labels", torch.zeros(0, dtype=torch.int64), persistent=False)
 
     @property
@@ -110,7 +109,6 @@ class NearestNeighbour(Wrapper):
         place, order = self.points.device, labels.argsort(stable=True)
         self.num_classes, self.shape, self._counts = int(data.num_classes), tuple(images.shape[1:]), counts.tolist()
         self.points, self.reference_labels = images.flatten(1)[order].to(place), labels[order].to(place)
-        self.sizes = self.points.square().sum(dim=1)
 
     def adaptive_attacks(self, threat: Threat) -> list[Attack]:
         """Return the attack by quadratic programmes."""
@@ -125,8 +123,9 @@ class NearestNeighbour(Wrapper):
     def _nearest(self, images: Tensor) -> Tensor:
         """Return the numbers of the nearest training images of each class, int64 (B, K)."""
         found = torch.zeros(len(images), self.num_classes, dtype=torch.int64, device=images.device)
+        sizes = self.points.square().sum(dim=1)  # not kept: it would stay in float32 where the points become float64
         for part in blocks(len(images), len(self.points)):
-            first, far = 0, squared_distances(images[part], self.points, self.sizes)
+            first, far = 0, squared_distances(images[part], self.points, sizes)
             for label, members in enumerate(torch.split(far, self._counts, dim=1)):
                 found[part, label] = first + members.argmin(dim=1)
                 first += self._counts[label]

@@ -190,3 +190,18 @@ def test_faults_are_named() -> None:
     for count, labels in ((1, torch.zeros(40, dtype=torch.int64)), (4, data.labels)):
         with pytest.raises(ValueError, match="2 classes or more with an image each"):
             bare.fit(Dataset("few", "train", data.images, labels, data.indices, count))
+
+
+def test_in_float64_it_tells_apart_what_float32_does_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(40, 1, 28, 28, generator=generator), torch.arange(40) // 20
+    defense = NearestNeighbour(nn.Identity()).eval()
+    defense.fit(Dataset("noise", "train", images, labels, torch.arange(40), 2))
+    defense = defense.double()
+    flat = images.double().flatten(1)
+    for lead in (-1e-6, 1e-6):  # by how much the squared distances to two images of a class differ, half way
+        way = flat[1::2] - flat[0::2]
+        x = (flat[0::2] + flat[1::2]) / 2 + lead / 2 * way / way.square().sum(dim=1, keepdim=True)
+        far = torch.cdist(x, flat, compute_mode="donot_use_mm_for_euclid_dist")
+        nearest = torch.stack([far[:, labels == label].amin(dim=1) for label in (0, 1)], dim=1)
+        assert torch.allclose(defense(x.reshape(-1, 1, 28, 28)), -nearest, rtol=0, atol=1e-10)
