@@ -91,7 +91,7 @@ def examples(defense: DeepKNN, x: Tensor, y: Tensor, options: argparse.Namespace
 
 def table(defense: DeepKNN, x: Tensor, y: Tensor, options: argparse.Namespace) -> Table:
     """Return the lines of all kinds of inputs."""
-    kinds = examples(defense, x, y, options)
+    kinds, clean = examples(defense, x, y, options), defense.credibility(x)
     about = f"k = {defense.k}, {len(defense.reference_labels)} references, threshold {1 - float(defense.threshold):.3f}"
     lines = Table(*COLUMNS, title=f"{options.data}, {len(x)} images, {about}")
     for name, inputs in kinds.items():
@@ -105,17 +105,19 @@ def table(defense: DeepKNN, x: Tensor, y: Tensor, options: argparse.Namespace) -
             name,
             *(f"{100 * share.double().mean():.1f}" for share in shares),
             str(int(inputs.success.sum())),
-            *of_successes(defense, x, inputs, kinds["C&W l2"]),
+            *of_successes(defense, x, clean, inputs, kinds["C&W l2"]),
             f"{inputs.seconds:.0f}",
         )
     return lines
 
 
-def of_successes(defense: DeepKNN, x: Tensor, inputs: Inputs, reference: Inputs) -> tuple[str, str, str, str]:
+def of_successes(
+    defense: DeepKNN, x: Tensor, clean: Tensor, inputs: Inputs, reference: Inputs
+) -> tuple[str, str, str, str]:
     """Return mean credibility, AUC, mean l2 distance and its ratio to the reference's; "-" where there is none."""
     if not inputs.success.any():
         return "-", "-", "-", "-"
-    clean, credibility = defense.credibility(x), defense.credibility(inputs.points[inputs.success])
+    credibility = defense.credibility(inputs.points[inputs.success])
     truth = [1] * len(clean) + [0] * len(credibility)
     area = roc_auc_score(truth, torch.cat([clean, credibility]).tolist())
     distance, other = (UNLIMITED.distance(one.points, x) for one in (inputs, reference))

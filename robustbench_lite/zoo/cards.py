@@ -9,7 +9,7 @@ import yaml
 
 from robustbench_lite.core.errors import suggest
 
-__all__ = ["CARD", "REQUIRED", "WEIGHTS", "card", "entry_folder", "names"]
+__all__ = ["CARD", "REQUIRED", "WEIGHTS", "card", "entry_folder", "names", "zoo_folder"]
 
 ROOT = Path(__file__).parent
 CARD, WEIGHTS = "card.yaml", "weights.safetensors"
@@ -19,6 +19,11 @@ REQUIRED = (
 )  # fmt: skip
 
 
+def zoo_folder(root: str | Path | None) -> Path:
+    """Return the folder of a zoo; None: the package's own."""
+    return ROOT if root is None else Path(root)
+
+
 def names(data: str | None = None, *, root: str | Path | None = None) -> list[str]:
     """Return the names of the entries, `<data>/<name>`, sorted.
 
@@ -26,7 +31,7 @@ def names(data: str | None = None, *, root: str | Path | None = None) -> list[st
         data: only the entries of this data set; a name without entries gives an empty list.
         root: another zoo's folder; default the package's own.
     """
-    root = ROOT if root is None else Path(root)
+    root = zoo_folder(root)
     found = (path.parent.relative_to(root).as_posix() for path in root.glob(f"*/*/{CARD}"))
     return sorted(name for name in found if data is None or name.split("/")[0] == data)
 
@@ -40,7 +45,7 @@ def entry_folder(name: str, *, root: str | Path | None = None) -> Path:
     known = names(root=root)
     if name not in known:
         raise ValueError(suggest(name, known, "zoo entry"))
-    return (ROOT if root is None else Path(root)) / name
+    return zoo_folder(root) / name
 
 
 def card(name: str, *, root: str | Path | None = None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from robustbench_lite.data import load_data
 from robustbench_lite.data.base import Dataset
 from robustbench_lite.defenses.base import Wrapper
 from robustbench_lite.models import create_model, load_model
-from robustbench_lite.zoo.cards import CARD, ROOT, WEIGHTS, card, entry_folder
+from robustbench_lite.zoo.cards import CARD, WEIGHTS, card, entry_folder, zoo_folder
 
 __all__ = ["load_defense", "save_entry"]
 
@@ -128,7 +128,7 @@ def save_entry(
         "figures": dict(figures),
     }
     text = yaml.safe_dump(about, sort_keys=False, allow_unicode=True, width=120)
-    folder = (ROOT if root is None else Path(root)) / name
+    folder = zoo_folder(root) / name
     for file, written in ((WEIGHTS, content), (CARD, text.encode())):
         write_atomically(folder / file, written)
     return folder
