@@ -230,12 +230,12 @@ def test_a_randomised_model_votes_once_on_points_outside_the_threat(images):
     with Oracle(Wrong(), images, goal, THREAT) as o:
         o.judge(far, torch.arange(12))
     assert o.verdict.all()
-    assert o.forwards.tolist() == [21, 101] * 6
+    assert o.forwards.tolist() == [12, 53] * 6  # a vote of 20, or of 80, is decided by its 11th, or 41st, answer
     assert o.found.fallen.tolist() == [False, True] * 6
     wide = Lp("linf", torch.tensor([1.0] * 3 + [0.2] * 9, dtype=torch.float64))  # a budget for each sample
     with Oracle(Wrong(), images, goal, wide) as o:
         o.judge(far[[4, 2]], torch.tensor([4, 2]))
-    assert o.forwards[[4, 2]].tolist() == [21, 101]
+    assert o.forwards[[4, 2]].tolist() == [12, 53]
 
 
 def test_points_outside_the_threat_are_never_kept(net, images):
