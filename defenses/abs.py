@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ABS", "BinaryABS", "Explanation"]
 
-AT_ONCE, AT_ONCE_ON_GPU = 16, 512  # images whose latents descend together; on a CPU what its cache holds
+CPU_VALUES, GPU_VALUES = 2**17, 2**22  # of the reconstructions that descend together; on a CPU what its cache holds
 STEEPNESS = 10.0  # of the sigmoid that stands in for the cut
 CLOSE = 0.1  # of the learning rate, for latents that follow an image
 
@@ -156,7 +156,8 @@ class ABS(Wrapper):
             )
         with torch.inference_mode(False):  # the search needs gradients by the latents
             seen = self.seen(x.detach().clone() if x.is_inference() else x.detach())
-            size = AT_ONCE if x.device.type == "cpu" else AT_ONCE_ON_GPU
+            values = CPU_VALUES if x.device.type == "cpu" else GPU_VALUES
+            size = max(1, values // (self.decoder.num_classes * seen.shape[1:].numel()))
             parts = torch.split(seen, size)
             starts = [None] * len(parts) if latents is None else torch.split(latents, size)
             found = [self._search(part, z, steps, learning_rate) for part, z in zip(parts, starts, strict=True)]

@@ -68,8 +68,24 @@ class _ClassLayer(nn.Module):
         return F.elu(F.batch_norm(h, *statistics, gain, shift, own, MOMENTUM, VARIANCE_FLOOR))
 
     def _convolve(self, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if h.shape[2:] == (1, 1):
+            return _multiply(h, weight if self.transposed else weight.transpose(1, 2), bias)
         convolve = F.conv_transpose2d if self.transposed else F.conv2d
         return convolve(h, weight.flatten(0, 1), bias.flatten(), stride=self.stride, groups=len(weight))
+
+
+def _multiply(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return the convolution of single pixels h (n, K * inputs, 1, 1), as a matrix product, which takes less time.
+
+    Args:
+        h: what comes in.
+        weight: (K, inputs, maps, H', W').
+        bias: (K, maps).
+    """
+    rows = h.reshape(len(h), *weight.shape[:2]).transpose(0, 1)
+    offset = bias[:, :, None, None].expand(-1, -1, *weight.shape[3:]).flatten(1)
+    out = torch.baddbmm(offset.unsqueeze(1), rows, weight.flatten(2))
+    return out.transpose(0, 1).reshape(len(h), -1, *weight.shape[3:])
 
 
 class ClassEncoder(nn.Module):
