@@ -216,6 +216,51 @@ def test_one_lucky_draw_does_not_fell_a_randomised_model(images):
         assert (o.forwards == 1).all()
 
 
+def test_a_vote_ends_where_it_is_decided_with_the_verdict_of_the_whole():
+    """Each row answers by a script: its verdict is that of all 20, or 80, answers, its price that of those needed."""
+    count = 200
+    chance = torch.linspace(0.3, 0.9, count)[:, None]
+    script = torch.rand(count, 101, generator=torch.Generator().manual_seed(0)) < chance
+    script[::2, :21] = True  # up to the long vote
+    script[::5, 1:21] = torch.arange(20) % 2 == 0  # a tie is no majority
+
+    class Scripted(nn.Module):
+        stochastic = True
+
+        def __init__(self):
+            super().__init__()
+            self.asked = torch.zeros(count, dtype=torch.int64)
+
+        def forward(self, x):
+            row = (x[:, 0, 0, 0] * count).round().long()
+            wrong = script[row, self.asked[row]]
+            self.asked[row] += 1
+            return torch.stack([torch.zeros(len(x)), wrong * 2.0 - 1], dim=1)
+
+    def vote(answers, size):
+        """Return whether most of the first `size` answers are wins, and how many of them tell."""
+        won = sum(answers[:size]) > size // 2
+        for asked in range(1, size + 1):
+            worst, best = (sum([*answers[:asked], *[rest] * (size - asked)]) > size // 2 for rest in (0, 1))
+            if worst == best:
+                return won, asked
+
+    images = (torch.arange(count) / count).view(-1, 1, 1, 1).repeat(1, 1, 2, 2)
+    goal = Untargeted(torch.zeros(count, dtype=torch.int64))
+    with Oracle(Scripted(), images, goal, THREAT) as o:
+        o.judge(images, torch.arange(count))
+    both = 0
+    for row, answers in enumerate(script.long().tolist()):
+        price, fell = 1, bool(answers[0])
+        for size in (20, 80):
+            if fell:
+                fell, asked = vote(answers[price:] + [0] * 80, size)
+                price += asked
+                both += size == 80
+        assert (bool(o.found.fallen[row]), int(o.forwards[row])) == (fell, price)
+    assert both > 50 < o.found.fallen.sum() < both
+
+
 def test_a_randomised_model_votes_once_on_points_outside_the_threat(images):
     """They are never kept; a search that walks out there wants to know all the same."""
 
