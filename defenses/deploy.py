@@ -32,7 +32,8 @@ class Deploy(Objective):
     wrapper: Callable[[nn.Module], Wrapper]
 
     def setup(self, model: nn.Module, data: TrainingData) -> State:
-        """Set up the objective."""
+        """Set up the objective; settings that the wrapper refuses are refused before the training, not after."""
+        self._wrapped(model)
         return self.objective.setup(model, data)
 
     def loss(self, model: nn.Module, batch: Batch, step: Step, state: Any, streams: Streams) -> Tensor:
@@ -53,9 +54,13 @@ class Deploy(Objective):
         self, model: nn.Module, data: TrainingData, state: Any, calibration: TrainingData | None = None
     ) -> nn.Module:
         """Return the wrapper around the trained net, fitted."""
-        defense = self.wrapper(self.objective.finish(model, data, state, calibration))
-        if not isinstance(defense, Wrapper):
-            raise TypeError(f"wrapper must make a defenses.Wrapper, got {type(defense).__name__}")
+        defense = self._wrapped(self.objective.finish(model, data, state, calibration))
         defense.to(next(model.parameters()).device).eval()
         defense.fit(data, calibration)
+        return defense
+
+    def _wrapped(self, net: nn.Module) -> Wrapper:
+        defense = self.wrapper(net)
+        if not isinstance(defense, Wrapper):
+            raise TypeError(f"wrapper must make a defenses.Wrapper, got {type(defense).__name__}")
         return defense

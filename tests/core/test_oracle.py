@@ -239,11 +239,11 @@ def test_a_vote_ends_where_it_is_decided_with_the_verdict_of_the_whole():
 
     def vote(answers, size):
         """Return whether most of the first `size` answers are wins, and how many of them tell."""
-        won = sum(answers[:size]) > size // 2
-        for asked in range(1, size + 1):
-            worst, best = (sum([*answers[:asked], *[rest] * (size - asked)]) > size // 2 for rest in (0, 1))
-            if worst == best:
-                return won, asked
+
+        def outcomes(asked):
+            return {sum([*answers[:asked], *[rest] * (size - asked)]) > size // 2 for rest in (0, 1)}
+
+        return sum(answers[:size]) > size // 2, next(n for n in range(size + 1) if len(outcomes(n)) == 1)
 
     images = (torch.arange(count) / count).view(-1, 1, 1, 1).repeat(1, 1, 2, 2)
     goal = Untargeted(torch.zeros(count, dtype=torch.int64))
