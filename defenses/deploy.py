@@ -32,8 +32,7 @@ class Deploy(Objective):
     wrapper: Callable[[nn.Module], Wrapper]
 
     def setup(self, model: nn.Module, data: TrainingData) -> State:
-        """Set up the objective; settings that the wrapper refuses are refused before the training, not after."""
-        self._wrapped(model)
+        """Set up the objective."""
         return self.objective.setup(model, data)
 
     def loss(self, model: nn.Module, batch: Batch, step: Step, state: Any, streams: Streams) -> Tensor:
@@ -54,13 +53,9 @@ class Deploy(Objective):
         self, model: nn.Module, data: TrainingData, state: Any, calibration: TrainingData | None = None
     ) -> nn.Module:
         """Return the wrapper around the trained net, fitted."""
-        defense = self._wrapped(self.objective.finish(model, data, state, calibration))
-        defense.to(next(model.parameters()).device).eval()
-        defense.fit(data, calibration)
-        return defense
-
-    def _wrapped(self, net: nn.Module) -> Wrapper:
-        defense = self.wrapper(net)
+        defense = self.wrapper(self.objective.finish(model, data, state, calibration))
         if not isinstance(defense, Wrapper):
             raise TypeError(f"wrapper must make a defenses.Wrapper, got {type(defense).__name__}")
+        defense.to(next(model.parameters()).device).eval()
+        defense.fit(data, calibration)
         return defense

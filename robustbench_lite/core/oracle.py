@@ -452,17 +452,27 @@ class Oracle:
         return confirmed
 
     def _most_succeed(self, points: Tensor, rows: Tensor, draws: int) -> Tensor:
-        """Say which points (n,) succeed in most of `draws` answers; a vote that is decided is not gone on with."""
-        wins, asked = torch.zeros_like(rows), torch.arange(len(rows), device=rows.device)
-        for left in reversed(range(draws)):
-            self._pay(rows[asked], 1)
-            goal = self.goal.take(rows[asked])
-            wins[asked] += goal.achieved(self._predict(points[asked], rows[asked]), self.rejects)
-            decided = (wins[asked] > draws // 2) | (wins[asked] + left <= draws // 2)
-            asked = asked[~decided]
-            if len(asked) == 0:
+        """Say which points (n,) succeed in most of `draws` answers; a vote that is decided is not gone on with.
+
+        Half of the answers decide nothing, unless all are failures: up to there nobody looks.
+        """
+        half = draws // 2
+        wins, undecided = self._wins(points, rows, half), torch.arange(len(rows), device=rows.device)
+        for to_come in range(draws - half, 0, -1):
+            so_far = wins[undecided]
+            undecided = undecided[(so_far <= half) & (so_far + to_come > half)]
+            if len(undecided) == 0:
                 break
-        return wins > draws // 2
+            wins[undecided] += self._wins(points[undecided], rows[undecided], 1)
+        return wins > half
+
+    def _wins(self, points: Tensor, rows: Tensor, draws: int) -> Tensor:
+        """Return how many of `draws` fresh answers to each point succeed, int64 (n,); each is a forward pass."""
+        self._pay(rows, draws)
+        goal, wins = self.goal.take(rows), torch.zeros_like(rows)
+        for _ in range(draws):
+            wins += goal.achieved(self._predict(points, rows), self.rejects)
+        return wins
 
     def _within(self, points: Tensor, rows: Tensor) -> Tensor:
         return self.threat.take(rows).contains(points, self.x[rows])

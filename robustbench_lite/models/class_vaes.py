@@ -68,7 +68,7 @@ class _ClassLayer(nn.Module):
         return F.elu(F.batch_norm(h, *statistics, gain, shift, own, MOMENTUM, VARIANCE_FLOOR))
 
     def _convolve(self, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        if h.shape[2:] == (1, 1):
+        if h.shape[2:] == (1, 1) and (self.transposed or weight.shape[3:] == (1, 1)):
             return _multiply(h, weight if self.transposed else weight.transpose(1, 2), bias)
         convolve = F.conv_transpose2d if self.transposed else F.conv2d
         return convolve(h, weight.flatten(0, 1), bias.flatten(), stride=self.stride, groups=len(weight))

@@ -74,7 +74,7 @@ def test_its_gradient_is_that_of_the_explicit_log_mean_softmax_of_the_same_draws
         spent = oracle.forwards - before
         assert oracle.backwards.tolist() == [2, 3, 2, 2, 3, 2]
     confirmed = spent - torch.tensor([2, 3, 2, 2, 3, 2]) * estimator.cost(oracle)
-    assert (confirmed % 20 == 0).all()  # rounds of votes about what looked like a success
+    assert ((confirmed == 0) | (confirmed >= 10)).all()  # votes about what looked like a success
     assert (confirmed == 0).sum() >= 3
     assert not torch.allclose(first, explicit(x, y, streams().fork(0).normal(5, 1, 6, 6, dtype=torch.float64), loss))
 

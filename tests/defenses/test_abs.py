@@ -96,8 +96,15 @@ def test_logits_are_scaled_energies_and_the_posterior_flattens_far_away() -> Non
     assert torch.allclose(far, torch.full_like(far, 1 / 3), atol=1e-6)
 
 
-def test_each_image_is_searched_for_by_itself() -> None:
+@pytest.mark.parametrize("values", [1, 16 * 27, 10**6])  # that descend together: one image, 16 images, all
+def test_each_image_is_searched_for_by_itself(values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[int] = []
+    real = ABS._search
+    monkeypatch.setattr("robustbench_lite.defenses.abs.CPU_VALUES", values)
+    monkeypatch.setattr(ABS, "_search", lambda self, part, *rest: parts.append(len(part)) or real(self, part, *rest))
     model, x = around(Curved(), latents=100), images(40)
+    model(x)
+    assert parts == {1: [1] * 40, 16 * 27: [16, 16, 8], 10**6: [40]}[values]
     assert torch.allclose(model(x), torch.cat([model(one[None]) for one in x]), atol=1e-9)
 
 
@@ -166,7 +173,8 @@ def test_attacks_are_chosen_by_threat() -> None:
     assert around(Curved(), BinaryABS).certifiers() == []
 
 
-def test_latents_that_follow_start_from_those_before_and_end_no_worse() -> None:
+def test_latents_that_follow_start_from_those_before_and_end_no_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("robustbench_lite.defenses.abs.CPU_VALUES", 16 * 27)  # 16 images of 9 pixels by 3 classes
     model, x = around(Curved(), latents=200, steps=20), images()
     found = model.explain(x)
     moved = (x + 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)).clamp(0, 1)
